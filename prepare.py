@@ -1,0 +1,585 @@
+"""Turn text into the token shards that train.py reads.
+
+    python prepare.py                                    the default corpus: this Python's standard library
+    python prepare.py book.txt notes/ --out data/mine    files and folders, one data set
+    python prepare.py pile.jsonl.gz --tokenizer gpt2     documents in the field "text", GPT-2's tokens
+    python prepare.py play.txt --tokenizer byte --val_tail --val_fraction 0.1
+
+A data set is a folder:
+
+    data/mine/train-00000.npy ...   one-dimensional token ids, uint16 where the vocabulary fits, else uint32
+    data/mine/val-00000.npy ...     the same for held-out text
+    data/mine/meta.json             tokenizer, sizes, SHA-256 of each shard; written last: without it there is no data set
+
+Documents follow each other, each ended by the token <|endoftext|>. A document is a text file, or one record of a
+.jsonl, .jsonl.gz or .parquet file. Text is read as a stream, so memory stays small however large the input is.
+"""
+import argparse
+import base64
+import codecs
+import gzip
+import hashlib
+import heapq
+import io
+import json
+import os
+import sys
+import sysconfig
+import time
+import zlib
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, Iterable, Iterator, NoReturn
+
+import numpy as np
+import regex  # what tiktoken itself uses for \p{L}
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+SPLITS = ("train", "val")
+PIECE_BYTES = 1 << 20  # text is read, cut and encoded in pieces of about this size
+SHARD_TOKENS = 1 << 27
+BPE_SAMPLE_BYTES = 1 << 26  # a BPE tokenizer learns from about this much text, spread evenly over the input
+
+
+def fail(message: str) -> NoReturn:
+    """End the program because of something its user can mend: one sentence on stderr, exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers: always a tiktoken.Encoding, whether bytes, trained here, or published
+
+# How GPT-4 cuts text into chunks (words with their leading space, numbers of up to three digits, punctuation, white
+# space). Merges never cross the edge of a chunk.
+CHUNK_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
+    r"""|\s+(?!\S)|\s"""
+)
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+def make_tokenizer(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def byte_tokenizer() -> tiktoken.Encoding:
+    """Each byte is a token. The pattern only has to cut text into short chunks, in which nothing is ever merged."""
+    return make_tokenizer("byte", r"(?s:.{1,64})", BYTES)
+
+
+def published_tokenizer(name: str) -> tiktoken.Encoding:
+    """gpt2, cl100k_base, o200k_base, ...: what tiktoken knows by that name, fetched by it once and kept."""
+    if name not in tiktoken.list_encoding_names():
+        fail(f"no tokenizer is called {name!r}: use byte, bpe:N, or one of {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError:  # what requests raises without a network
+        fail(f"tiktoken could not fetch the tokenizer {name!r}, which it does once, online: use byte or bpe:N offline")
+
+
+def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """merge([1, 2, 3, 1, 2], (1, 2), 4) -> [4, 3, 4]"""
+    merged, i = [], 0
+    while i < len(ids):
+        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+def train_bpe(chunk_counts: Counter[str], vocab_size: int) -> dict[bytes, int]:
+    """Byte-pair encoding (Sennrich et al., 2016, on bytes as in GPT-2): from the 256 bytes on, the pair of adjacent
+    tokens seen most often becomes the next token. Of equally frequent pairs the one with smaller ids comes first.
+
+    `chunk_counts` says how often each chunk stands in the text. Returns the id of each token's bytes, at most
+    `vocab_size` of them: it ends early where no pair is seen twice.
+    """
+    words = [list(chunk.encode()) for chunk in chunk_counts]
+    counts = list(chunk_counts.values())
+    pair_counts: Counter[tuple[int, int]] = Counter()
+    words_with = defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += counts[i]
+            words_with[pair].add(i)
+
+    tokens = list(BYTES)
+    ranks = dict(BYTES)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < vocab_size:
+        count, pair = heapq.heappop(heap)
+        if -count != pair_counts[pair]:  # counts only fall after they are pushed; back with the true one
+            heapq.heappush(heap, (-pair_counts[pair], pair))
+            continue
+        if -count < 2:
+            break
+        token = tokens[pair[0]] + tokens[pair[1]]
+        if token not in ranks:  # else another pair spells the same bytes, and tiktoken merges both into one token
+            ranks[token] = len(tokens)
+            tokens.append(token)
+        touched = set()
+        for i in words_with.pop(pair):
+            before, words[i] = words[i], merge(words[i], pair, ranks[token])
+            for old in pairwise(before):
+                pair_counts[old] -= counts[i]
+            for new in pairwise(words[i]):
+                pair_counts[new] += counts[i]
+                if ranks[token] in new:
+                    words_with[new].add(i)
+                    touched.add(new)
+        for new in touched:
+            heapq.heappush(heap, (-pair_counts[new], new))
+    return ranks
+
+
+def tokenizer_to_dict(tokenizer: tiktoken.Encoding) -> dict:
+    """The tokenizer as plain JSON values, for meta.json and for every checkpoint."""
+    return {
+        "name": tokenizer.name,
+        "pattern": tokenizer._pat_str,
+        "ranks": {base64.b64encode(token).decode(): rank for token, rank in tokenizer._mergeable_ranks.items()},
+        "special_tokens": tokenizer._special_tokens,
+    }
+
+
+def tokenizer_from_dict(plain: dict) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        plain["name"],
+        pat_str=plain["pattern"],
+        mergeable_ranks={base64.b64decode(token): rank for token, rank in plain["ranks"].items()},
+        special_tokens=plain["special_tokens"],
+    )
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Token ids [N] of ordinary text: <|endoftext|> inside it becomes the tokens of its letters, not the token."""
+    return tokenizer.encode_to_numpy(text, disallowed_special=())
+
+
+def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
+    """The bytes of a token; none for an id that stands for nothing, as a few in published vocabularies do."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents: from what the user names to pieces of text, each for one split
+
+
+def default_corpus() -> list[Path]:
+    """The source of the standard library of the Python that runs this: real text, on every disk, without a network."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+
+
+def download(url: str, folder: Path) -> Path:
+    """Save a URL as a file in `folder`, once."""
+    import urllib.parse
+    import urllib.request
+
+    path = folder / (Path(urllib.parse.urlparse(url).path).name or "download.txt")
+    if not path.exists():
+        partial = path.with_name(path.name + ".partial")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlretrieve(url, partial)
+            os.replace(partial, path)
+        except (OSError, ValueError) as error:
+            partial.unlink(missing_ok=True)
+            fail(f"could not fetch {url} ({error}): check the address and the network, or give a local file")
+    return path
+
+
+def find_files(inputs: list[str], downloads: Path) -> list[Path]:
+    """The files that the inputs name, folders walked in sorted order without hidden entries."""
+    files = []
+    for name in inputs:
+        path = download(name, downloads) if name.startswith(("http://", "https://")) else Path(name)
+        if path.is_dir():
+            visible = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            files += sorted(p for p in visible if p.is_file())
+        elif path.exists():
+            files.append(path)
+        else:
+            fail(f"no such file or folder: {name}")
+    return files
+
+
+def is_container(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+
+
+def why_unusable(path: Path) -> str | None:
+    """What keeps a file from being read as text, found before anything of it is written."""
+    try:
+        with open(path, "rb") as stream:
+            if not stream.peek(1):
+                return "empty"
+            if not is_container(path):
+                decoder = codecs.getincrementaldecoder("utf-8")()
+                while block := stream.read(PIECE_BYTES):
+                    decoder.decode(block)
+                decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def records(path: Path) -> Iterator[object]:
+    """The field "text" of each record of a .jsonl, .jsonl.gz or .parquet file; None where it cannot be had."""
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            fail(f"{path} needs pyarrow: pip install pyarrow")
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
+            yield from batch.column("text").to_pylist()
+    else:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                yield record.get("text") if isinstance(record, dict) else None
+
+
+def documents(path: Path, skipped: Counter[str]) -> Iterator[tuple[BinaryIO, int]]:
+    """Each document of a file as a stream of UTF-8, and its size in bytes. Counts in `skipped` what holds no text."""
+    if not is_container(path):
+        with open(path, "rb") as stream:
+            yield stream, os.fstat(stream.fileno()).st_size
+        return
+    try:
+        for text in records(path):
+            try:
+                data = text.encode() if isinstance(text, str) else b""
+            except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+                data = b""
+            if data:
+                yield io.BytesIO(data), len(data)
+            else:
+                skipped[f"{path}: records without usable text"] += 1
+    except (OSError, EOFError, KeyError, zlib.error, ValueError) as error:  # how gzip and parquet files break
+        skipped[f"{path}: unreadable from some record on ({error})"] += 1
+
+
+# Where text may be cut so that its tokens stay the same: after a letter or digit, before one blank or newline and a
+# letter. Every published pattern starts a new chunk there. Searched from the end, hence (?r).
+CUT = regex.compile(r"(?r)[\p{L}\p{N}](?=[ \n]\p{L})")
+
+
+def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
+    """The next `size` bytes of a stream as text, a piece at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest = ""
+    while size > 0 and (block := stream.read(min(size, PIECE_BYTES))):
+        size -= len(block)
+        rest += decoder.decode(block)
+        cut = CUT.search(rest) if size > 0 else None
+        end = cut.end() if cut else len(rest)
+        yield rest[:end]
+        rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def tail_offset(stream: BinaryIO, size: int, fraction: float) -> int:
+    """The byte where the last `fraction` of a document begins, moved to the start of a character."""
+    offset = int(size * (1 - fraction))
+    stream.seek(offset)
+    while (byte := stream.read(1)) and byte[0] & 0xC0 == 0x80:  # UTF-8's continuation bytes are 10xxxxxx
+        offset += 1
+    stream.seek(0)
+    return offset
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Chosen by content, so that the choice survives reordering and copies of a document stay on one side."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < fraction * 2**64
+
+
+Piece = tuple[str, str | None]  # the split, and some text for it, or None where a document ends
+
+
+def split_pieces(files: list[Path], val_fraction: float, val_tail: bool, skipped: Counter[str]) -> Iterator[Piece]:
+    """All text, a piece at a time. Held out are whole documents, chosen by hash, or the tail of each document."""
+    for path in files:
+        for stream, size in documents(path, skipped):
+            if val_tail:
+                offset = tail_offset(stream, size, val_fraction)
+                parts = [("train", offset), ("val", size - offset)]
+            else:
+                beginning = next(read_pieces(stream, min(size, PIECE_BYTES)))
+                stream.seek(0)
+                parts = [("val" if is_held_out(beginning, val_fraction) else "train", size)]
+            for split, part_size in parts:
+                for text in read_pieces(stream, part_size):
+                    yield split, text
+                yield split, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards: written and read here, so that the format stands in one place
+
+
+class ShardWriter:
+    """Appends tokens to one split's .npy files. NumPy leaves room in a header for the length to grow, so the header
+    is written first with length 0 and once more when the shard is full."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype):
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.shards: list[dict] = []
+        self.file: BinaryIO | None = None
+
+    def write(self, tokens: np.ndarray) -> None:
+        while len(tokens):
+            if self.file is None:
+                self.file = open(self.folder / f"{self.split}-{len(self.shards):05d}.npy", "w+b")
+                self.length = 0
+                self._write_header()
+            part, tokens = np.split(tokens, [SHARD_TOKENS - self.length])
+            self.file.write(part.astype(self.dtype).data)
+            self.length += len(part)
+            if self.length == SHARD_TOKENS:
+                self.close()
+
+    def _write_header(self) -> None:
+        self.file.seek(0)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def close(self) -> None:
+        """Finish the open shard, on disk for good before anything names it."""
+        if self.file is not None:
+            self._write_header()
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.seek(0)
+            digest = hashlib.file_digest(self.file, "sha256").hexdigest()
+            self.file.close()
+            self.shards.append({"file": Path(self.file.name).name, "tokens": self.length, "sha256": digest})
+            self.file = None
+
+
+def load_dataset(folder: str | Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
+    """A data set's meta.json, and per split its memory-mapped shards. Ends the program where it is not whole."""
+    folder = Path(folder)
+    again = f"prepare it again: python prepare.py --out {folder}"
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        splits = {split: [(folder / shard["file"], shard) for shard in meta[split]["shards"]] for split in SPLITS}
+    except FileNotFoundError:
+        fail(f"there is no data set in {folder}: make one with python prepare.py FILES --out {folder}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{folder / 'meta.json'} is damaged ({error!r}): {again}")
+    shards = {}
+    for split, listed in splits.items():
+        shards[split] = []
+        for path, shard in listed:
+            try:
+                with open(path, "rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                fail(f"cannot read {path} ({error.strerror}): {again}")
+            if digest != shard["sha256"]:
+                fail(f"{path} is damaged, its SHA-256 is not the one in meta.json: {again}")
+            shards[split].append(np.load(path, mmap_mode="r", allow_pickle=False))
+    return meta, shards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole way
+
+
+class Progress:
+    """A live line on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, verb: str, total_bytes: int):
+        self.verb, self.total, self.done = verb, total_bytes, 0
+        self.start = self.shown = time.monotonic()
+
+    def advance(self, n_bytes: int) -> None:
+        self.done += n_bytes
+        now = time.monotonic()
+        if now - self.shown > (0.2 if sys.stderr.isatty() else 10):
+            rate = self.done / (now - self.start)
+            left = max(self.total - self.done, 0) / rate
+            line = f"{self.verb} {self.done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, about {left:,.0f} s left"
+            print(f"\r{line} " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n", file=sys.stderr)
+            self.shown = now
+
+    def finish(self) -> None:
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        seconds = time.monotonic() - self.start
+        print(f"{clear}{self.verb} {self.done / 1e6:,.1f} MB in {seconds:.1f} s", file=sys.stderr)
+
+
+def learn_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) -> tiktoken.Encoding:
+    """A BPE tokenizer with `vocab_size` tokens, <|endoftext|> among them, from text that is not held out."""
+    every = -(-total_bytes // BPE_SAMPLE_BYTES)
+    progress = Progress("learning tokens from", total_bytes)
+    chunks: Counter[str] = Counter()
+    texts = ((split, text) for split, text in pieces if text is not None)
+    for i, (split, text) in enumerate(texts):
+        if split == "train" and i % every == 0:
+            chunks.update(regex.findall(CHUNK_PATTERN, text))
+        progress.advance(len(text.encode()))
+    ranks = train_bpe(chunks, vocab_size - 1)
+    progress.finish()
+    return make_tokenizer(f"bpe:{len(ranks) + 1}", CHUNK_PATTERN, ranks)
+
+
+def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of about a megabyte, so that short documents cost no more than long ones."""
+    batch, size = [], 0
+    for split, text in pieces:
+        batch.append((split, text))
+        size += len(text or "")
+        if size >= PIECE_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_shards(folder: Path, tokenizer: tiktoken.Encoding, pieces: Iterable[Piece], progress: Progress) -> dict:
+    """Encode all pieces on all cores (tiktoken works outside Python's lock), in order. Returns meta.json's splits."""
+    dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
+    writers = {split: ShardWriter(folder, split, dtype) for split in SPLITS}
+    totals = {split: Counter(tokens=0, bytes=0, documents=0) for split in SPLITS}
+    end_of_document = np.array([tokenizer.eot_token], dtype)
+
+    def encode_batch(batch: list[Piece]) -> list[tuple[str, np.ndarray, Counter]]:
+        encoded = []
+        for split, text in batch:
+            if text is None:
+                encoded.append((split, end_of_document, Counter(tokens=1, documents=1)))
+            else:
+                tokens = encode(tokenizer, text)
+                encoded.append((split, tokens, Counter(tokens=len(tokens), bytes=len(text.encode()))))
+        return encoded
+
+    def write_batch(encoded: list[tuple[str, np.ndarray, Counter]]) -> None:
+        for split, tokens, sizes in encoded:
+            writers[split].write(tokens)
+            totals[split].update(sizes)
+            progress.advance(sizes["bytes"])
+
+    n_threads = os.cpu_count()
+    with ThreadPoolExecutor(n_threads) as pool:
+        pending = deque()
+        for batch in batched(pieces):
+            pending.append(pool.submit(encode_batch, batch))
+            if len(pending) > 2 * n_threads:
+                write_batch(pending.popleft().result())
+        for future in pending:
+            write_batch(future.result())
+    for writer in writers.values():
+        writer.close()
+    return {split: {**totals[split], "shards": writers[split].shards} for split in SPLITS}
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Written beside and renamed: the file is there whole, or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def prepare(
+    inputs: list[str], out: str | Path, tokenizer: str = "bpe:4096", val_fraction: float | None = None, val_tail: bool = False
+) -> None:
+    """Make the data set `out` from files, folders and URLs, or from the default corpus where none is named."""
+    out = Path(out)
+    if val_fraction is None:
+        val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
+    if (out / "meta.json").exists():
+        fail(f"{out} already holds a data set: remove it first, or choose another --out")
+    if not 0 < val_fraction < 1:
+        fail(f"--val_fraction {val_fraction} is not between 0 and 1")
+    kind, _, size = tokenizer.partition(":")
+    if kind == "bpe" and not (size.isascii() and size.isdigit() and int(size) > 257):
+        fail(f"--tokenizer {tokenizer}: write bpe:N with N above 257, the number of tokens to learn (bpe:4096, say)")
+    known_tokenizer = {"bpe": lambda: None, "byte": byte_tokenizer}.get(kind, lambda: published_tokenizer(tokenizer))()
+
+    skipped: Counter[str] = Counter()
+    files = []
+    for path in find_files(inputs, out.parent) if inputs else default_corpus():
+        if reason := why_unusable(path):
+            skipped[f"{path}: {reason}"] += 1
+        else:
+            files.append(path)
+    if not files:
+        fail(f"nothing to read is left: {'; '.join(skipped) or 'the folders hold no files'}")
+    if len(files) == 1 and not is_container(files[0]) and not val_tail:
+        print(f"{files[0]} is one document, so its last {val_fraction:.0%} is held out (--val_tail)", file=sys.stderr)
+        val_tail = True
+    total_bytes = sum(path.stat().st_size for path in files)
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for stale in [*out.glob("train-*.npy"), *out.glob("val-*.npy")]:  # of an interrupted preparation
+            stale.unlink()
+        encoding = known_tokenizer or learn_tokenizer(
+            int(size), split_pieces(files, val_fraction, val_tail, Counter()), total_bytes
+        )
+        progress = Progress("encoding", total_bytes)
+        splits = write_shards(out, encoding, split_pieces(files, val_fraction, val_tail, skipped), progress)
+        progress.finish()
+        for what, count in skipped.most_common(20):
+            print(f"skipped {what}" + (f" ({count:,})" if count > 1 else ""), file=sys.stderr)
+        if len(skipped) > 20:
+            print(f"skipped in all: {skipped.total():,}", file=sys.stderr)
+        for split in SPLITS:
+            if not splits[split]["tokens"]:
+                n_documents = sum(splits[split]["documents"] for split in SPLITS)
+                fail(
+                    f"none of the {n_documents} documents fell to the {split} split: raise --val_fraction, or give"
+                    " --val_tail to hold out the end of each document"
+                )
+        meta = {"tokenizer": tokenizer_to_dict(encoding), "vocab_size": encoding.n_vocab, **splits}
+        write_json(out / "meta.json", meta | {"sources": inputs or ["the Python standard library"]})
+    except OSError as error:
+        fail(f"cannot write the data set {out}: {error}")
+    except KeyboardInterrupt:
+        fail(f"interrupted: there is no data set in {out} yet")
+    for split in SPLITS:
+        tokens, n_bytes = splits[split]["tokens"], splits[split]["bytes"]
+        print(
+            f"{split:5} {splits[split]['documents']:9,} documents {n_bytes:13,} bytes {tokens:13,} tokens of"
+            f" {n_bytes / tokens:.2f} bytes", file=sys.stderr,
+        )
+    print(f"{out} is ready: vocabulary of {encoding.n_vocab:,} ({encoding.name})", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="text file, folder, .jsonl[.gz], .parquet or URL")
+    parser.add_argument("--out", help="the data set's folder (default: data/ and the first input's name)")
+    parser.add_argument("--tokenizer", default="bpe:4096", help="byte, bpe:N or a name that tiktoken knows (%(default)s)")
+    parser.add_argument("--val_fraction", type=float, help="share of text held out (0.01; 0.05 of the default corpus)")
+    parser.add_argument("--val_tail", action="store_true", help="hold out the end of each document, not whole documents")
+    args = parser.parse_args()
+    name = Path(args.inputs[0]).name.partition(".")[0] if args.inputs else "stdlib"
+    prepare(args.inputs, args.out or Path("data", name), args.tokenizer, args.val_fraction, args.val_tail)
+
+
+if __name__ == "__main__":
+    main()
