@@ -1,0 +1,309 @@
+"""A GPT, from the one of 2019 to the ones of today: one model, with a switch for each thing that changed.
+
+                   GPT-2 (2019)                  today (Qwen3, 2025; the default)
+    norm           LayerNorm                     RMSNorm: no mean, no bias
+    positions      learned, added once           rotary: queries and keys turn by an angle that grows with position
+    attention      every head has its own k, v   several query heads share one; queries and keys are normalised
+    MLP            GELU, 4 C wide                SwiGLU: a gate, 8/3 C wide, for as many parameters
+    biases         everywhere                    nowhere
+    dropout        0.1                           none
+
+Shapes are written in one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels of a head,
+S longest sequence, V vocabulary. A reader who wants only today's model can skip every line that names a switch.
+"""
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Iterator, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. What is left None is derived from the rest. Raises ValueError where sizes do not fit."""
+
+    vocab_size: int | None = None  # number of token ids (default: the data set's)
+    seq_len: int = 128  # longest sequence, in tokens
+    n_layer: int = 4  # number of blocks
+    n_head: int = 4  # query heads
+    n_kv_head: int | None = None  # key/value heads, each shared by n_head / n_kv_head queries (default: n_head)
+    n_embd: int = 128  # channels
+    head_dim: int | None = None  # channels of a head (default: n_embd / n_head)
+    n_inner: int | None = None  # channels inside the MLP (default: 4 n_embd, gated 8/3 n_embd up to a multiple of 64)
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
+    norm_eps: float = 1e-6  # added to the variance in norms
+    position: Literal["rope", "learned"] = "rope"  # rotary or learned positions
+    rope_base: float = 10_000.0  # rotary wavelengths run from 2 pi to about 2 pi times this, in tokens
+    qk_norm: bool = True  # RMSNorm of each head's queries and keys
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # in the MLP
+    gated: bool = True  # multiply the MLP's activation by a second projection
+    bias: bool = False  # biases in linear layers and LayerNorms
+    tied: bool = False  # the output matrix is the token embedding
+    dropout: float = 0.0  # share of activations zeroed in training
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_inner is None:
+            self.n_inner = math.ceil(8 * self.n_embd / 3 / 64) * 64 if self.gated else 4 * self.n_embd
+        for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of channels, but head_dim {self.head_dim} is odd")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+
+
+GPT2 = dict(norm="layer", norm_eps=1e-5, position="learned", qk_norm=False, activation="gelu_tanh", gated=False, bias=True, tied=True)
+
+PRESETS: dict[str, dict] = {
+    "toy": dict(seq_len=128, n_layer=4, n_head=4, n_kv_head=2, n_embd=256),
+    "shakespeare": dict(seq_len=256, n_layer=6, n_head=4, n_embd=256, dropout=0.1),
+    "gpt2": dict(GPT2, vocab_size=50257, seq_len=1024, n_layer=12, n_head=12, n_embd=768),
+}
+
+
+def unchanged(x, *_):
+    """What a switch that is off puts in place of the thing it would switch on."""
+    return x
+
+
+def make_norm(config: GPTConfig, size: int) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(size, config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(size, config.norm_eps)
+
+
+def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, D] of the angles by which positions [T] turn the channels of a head (RoPE, Su et al., 2021):
+    channel i and channel i + D/2 are the two coordinates of a point that turns once in 2 pi base^(2i/D) tokens."""
+    frequencies = config.rope_base ** -torch.arange(0, 1, 2 / config.head_dim, device=positions.device)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of channels of x [B, heads, T, D]."""
+    cos, sin = (a.to(x.dtype) for a in angles)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class LearnedPositions(nn.Embedding):
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + super().forward(positions)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, so that each is computed once when tokens come one at a time."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu", dtype=torch.float32):
+        shape = (config.n_layer, batch_size, config.n_kv_head, config.seq_len, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # positions filled; GPT.forward moves it on when all layers have appended
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, K, T, D] behind what `layer` holds, and return all of its keys and values [B, K, .., D]."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Query head h uses key/value head h // (H / K) (GQA, Ainslie et al., 2023)."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.layer, self.head_dim, self.dropout, self.grouped = layer, D, config.dropout, H != K
+        self.query = nn.Linear(C, H * D, bias=config.bias)
+        self.key = nn.Linear(C, K * D, bias=config.bias)
+        self.value = nn.Linear(C, K * D, bias=config.bias)
+        self.out = nn.Linear(H * D, C, bias=config.bias)
+        self.query_norm = make_norm(config, D) if config.qk_norm else unchanged
+        self.key_norm = make_norm(config, D) if config.qk_norm else unchanged
+        self.rotate = rotate if config.position == "rope" else unchanged
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.query(x).view(B, T, -1, self.head_dim)  # [B, T, H, D]
+        k = self.key(x).view(B, T, -1, self.head_dim)  # [B, T, K, D]
+        v = self.value(x).view(B, T, -1, self.head_dim)
+        q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
+        q, k = self.rotate(q, angles), self.rotate(k, angles)  # [B, H, T, D], [B, K, T, D]
+
+        mask = None
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=cache is None, enable_gqa=self.grouped
+        )
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(MLP):
+    """SwiGLU with SiLU as activation, GeGLU with GELU (Shazeer, 2020)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention_norm = make_norm(config, config.n_embd)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config, config.n_embd)
+        self.mlp = (GatedMLP if config.gated else MLP)(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), angles, cache))
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = LearnedPositions(config.seq_len, config.n_embd) if config.position == "learned" else unchanged
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Nothing is said at first: the first prediction is uniform, a loss of ln V (with a tied head, about that)."""
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:  # norms begin as the identity, biases at nothing
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith(("attention.out.weight", "mlp.down.weight", "head.weight")):
+                weight.zero_()  # each block begins as the identity, and no token is preferred
+            else:
+                weight.normal_(std=0.02)  # as in GPT-2; the norms make up for the scale
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, T, V] of the token after each of `tokens` [B, T], or with `targets` [B, T] their mean
+        cross-entropy in nats. With a cache, `tokens` continue the sequence that it holds, and are added to it."""
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        angles = rotary_angles(positions, self.config)
+        x = self.dropout(self.positions(self.embedding(tokens), positions))
+        for block in self.blocks:
+            x = block(x, angles, cache)
+        logits = self.head(self.norm(x))
+        if cache is not None:
+            cache.length += tokens.size(1)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def n_params(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token of a full sequence: 6 for each weight in a matrix product (2 forward, 4 backward),
+        and 12 L H D S for attention (PaLM, appendix B). An embedding that is only looked up costs nothing."""
+        c = self.config
+        embeddings = [m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding)]
+        head_again = c.tied * self.head.weight.numel()
+        matmul = sum(p.numel() for p in self.parameters() if p.ndim > 1) - sum(embeddings) + head_again
+        return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len
+
+
+def sample_next(
+    logits: Tensor,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A token id [B] for each row of logits [B, V]: the likeliest at temperature 0, else drawn from the `top_k`
+    likeliest, or from the fewest whose probabilities reach `top_p` (nucleus sampling, Holtzman et al., 2019)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+    if top_p is not None:
+        probabilities, ids = logits.softmax(-1).sort(descending=True)
+        likelier = probabilities.cumsum(-1) - probabilities  # what the tokens before each one sum to
+        logits = logits.masked_fill((likelier >= top_p).gather(-1, ids.argsort(-1)), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **how) -> Iterator[Tensor]:
+    """The ids [B] that follow tokens [B, T], one step after the other without end; `how` goes to sample_next. Where the
+    model's vocabulary was padded, `n_vocab` is the number of ids that mean something.
+
+    When the sequence outgrows the model's S positions, the window slides: the newest S / 2 tokens are kept.
+    """
+    S = model.config.seq_len
+    while True:
+        window = tokens[:, -max(1, S // 2) :] if tokens.size(1) > S else tokens
+        cache = KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
+        unseen = window
+        while cache.length + unseen.size(1) <= S:
+            logits = model(unseen, cache=cache)[:, -1, :n_vocab]
+            unseen = sample_next(logits, **how)[:, None]
+            window = torch.cat((window, unseen), dim=1)
+            yield unseen[:, 0]
+        tokens = window
+
+
+def main() -> None:
+    """Print what each preset comes to. Nothing is allocated: the models stand on the meta device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    print(f"{'preset':16}{'parameters':>16}{'FLOP/token':>18}{'cache bytes/token':>20}")
+    for name, preset in PRESETS.items():
+        config = GPTConfig(**{"vocab_size": 4096, **preset})
+        with torch.device("meta"):
+            model, cache = GPT(config), KVCache(config, 1, "meta", torch.bfloat16)
+        cache_bytes = (cache.keys.nbytes + cache.values.nbytes) // config.seq_len
+        print(f"{name:16}{model.n_params():16,}{model.flops_per_token():18,}{cache_bytes:20,}")
+
+
+if __name__ == "__main__":
+    main()
