@@ -1,0 +1,78 @@
+"""What several test files share: a small data set, a small run, and ways to call the scripts."""
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare  # noqa: E402
+import train  # noqa: E402
+
+WORDS = "the a small model learns to write what it has read, one token after another; naïve café 你好 🙂\n".split(" ")
+TINY = "--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4".split()
+
+
+def words(n: int, seed: int = 0) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=n))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A byte-level data set of about 14 kB, a tenth of it held out."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(words(3000), encoding="utf-8")
+    prepare.prepare([str(folder / "text.txt")], folder / "set", "byte", 0.1)
+    return folder / "set"
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """call(train, "--steps", 5) runs a script's main() in this process, in an empty folder."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(tmp_path)
+
+    def call_main(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
+        script.main()
+
+    yield call_main
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def refused(call, capsys):
+    """refused(train, "--steps", 0) returns the one sentence with which a script refuses its input."""
+
+    def refuse(script, *arguments) -> str:
+        with pytest.raises(SystemExit) as end:
+            call(script, *arguments)
+        assert end.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert ": error: " in last
+        return last
+
+    return refuse
+
+
+@pytest.fixture
+def run(call, data, tmp_path) -> Path:
+    """A run of 20 steps with a checkpoint every 5."""
+    call(train, *TINY, "--data", data, "--out", "run", "--steps", 20, "--save_every", 5, "--eval_every", 10, "--keep", 3)
+    return tmp_path / "run"
+
+
+def shell(script: str, *arguments, cwd: Path, **more) -> subprocess.CompletedProcess:
+    """A script run as a user runs it."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", **more)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, **more}

@@ -1,0 +1,133 @@
+"""sample.py: from a checkpoint to characters on a terminal."""
+import random
+from argparse import Namespace
+
+import pytest
+
+import prepare
+import sample
+from conftest import ROOT, environment, shell, words
+
+BYTE = prepare.byte_tokenizer()
+
+
+def fed(text: bytes, stop: str | None = None) -> list[str]:
+    """What a decoder gives out, a byte at a time, as a byte-level model would write it."""
+    decoder, out = sample.Decoder(BYTE, stop), []
+    for byte in text:
+        out.append(decoder.feed(byte))
+        if decoder.ended:
+            return out
+    return [*out, decoder.finish()]
+
+
+def test_characters_are_streamed_whole():
+    text = "naïve 你好 🙂!"
+    out = fed(text.encode())
+    assert "".join(out) == text
+    assert [piece for piece in out if piece] == list(text)
+
+
+def test_bytes_that_are_no_text_are_marked_and_not_fatal():
+    assert "".join(fed(b"a\xff\xf0\x9fb")) == b"a\xff\xf0\x9fb".decode(errors="replace")
+
+
+def test_text_ends_before_the_stop_text_and_never_shows_a_part_of_it():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text, stop = "".join(rng.choices("aab\nä", k=12)), "".join(rng.choices("aab\nä", k=rng.randrange(1, 4)))
+        assert "".join(fed(text.encode(), stop)) == text.split(stop)[0]
+
+
+def test_text_streams_while_nothing_of_it_could_be_the_stop_text():
+    assert fed(b"abc--d", "---") == ["a", "b", "c", "", "", "--d", ""]
+
+
+def test_text_ends_at_end_of_text():
+    decoder = sample.Decoder(BYTE, None)
+    assert [decoder.feed(ord("a")), decoder.feed(BYTE.eot_token)] == ["a", ""] and decoder.ended
+
+
+def test_greedy_text_repeats_and_begins_with_the_prompt(call, run, capsys):
+    texts = []
+    for _ in range(2):
+        capsys.readouterr()
+        call(sample, run, "--prompt", "the small", "--temperature", 0, "--tokens", 40)  # context 16: the window slides
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("the small") and len(texts[0]) > 20
+
+
+def test_a_seed_repeats_a_draw_and_another_seed_does_not(call, run, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        capsys.readouterr()
+        call(sample, run, "--seed", seed, "--n", 3, "--tokens", 40)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].count("--- ") == 3
+
+
+def test_continuations_in_a_batch_are_those_of_a_model_alone(run):
+    """Greedy, so that all three are the one that a batch of one gives."""
+    state, _ = sample.load_checkpoint(run)
+    model, tokenizer = sample.model_from(state).eval(), sample.tokenizer_from_dict(state["tokenizer"])
+    texts = {}
+    for n in (1, 3):
+        args = Namespace(n=n, stop=None, temperature=0.0, top_k=None, top_p=None, tokens=30)
+        steps = sample.continuations(model, tokenizer, "one ", args, None)
+        texts[n] = ["".join(parts) for parts in zip(*steps)]
+    assert texts[3] == texts[1] * 3
+
+
+def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, monkeypatch):
+    run.rename(run.parent / "moved")
+    (run.parent / "runs").mkdir()
+    (run.parent / "moved").rename(run.parent / "runs" / "mine")
+    call(sample, "--tokens", 3)
+    assert "runs/mine/step-00000020, step 20" in capsys.readouterr().err
+    for named in ("best.json", "step-00000015.pt", "step-00000015.json"):
+        call(sample, f"runs/mine/{named}", "--tokens", 3)
+    assert "step 15" in capsys.readouterr().err
+
+
+def test_interactive_answers_each_prompt_until_an_empty_line(run):
+    done = shell("sample.py", run, "--interactive", "--tokens", 5, cwd=run, input="the \none \n\nnever\n")
+    assert done.returncode == 0 and "the " in done.stdout and "one " in done.stdout and "never" not in done.stdout
+
+
+def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
+    (tmp_path / "p.txt").write_bytes("café ".encode())
+    done = shell(
+        "sample.py", run, "--prompt_file", "p.txt", "--tokens", 3, cwd=tmp_path,
+        env=environment(LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
+    )
+    assert done.returncode == 0 and done.stdout.startswith("café ")
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["nowhere"], "no checkpoint in nowhere"),
+        (["--n", 0], "--n 0"),
+        (["--tokens", -1], "--tokens -1"),
+        (["--temperature", -1], "--temperature -1.0"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--top_k", 0], "--top_k 0"),
+        (["--top_p", 1.5], "--top_p 1.5"),
+        (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "\ud800"], "not UTF-8"),
+    ],
+)
+def test_bad_input_is_one_sentence(refused, run, arguments, told):
+    if arguments != ["nowhere"]:
+        arguments = [run, *arguments]
+    assert told in refused(sample, *arguments)
+
+
+def test_without_any_run_it_says_how_to_make_one(refused):
+    assert "python train.py" in refused(sample)
+
+
+def test_help_says_what_the_script_does():
+    done = shell("sample.py", "--help", cwd=ROOT)
+    assert done.returncode == 0 and "--interactive" in done.stdout and words(1)

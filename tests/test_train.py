@@ -1,0 +1,361 @@
+"""train.py: batches, schedule, evaluation, checkpoints, and the command line."""
+import dataclasses
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+import train
+from conftest import ROOT, TINY, shell, words
+from model import GPT, GPTConfig
+
+
+def rows(run: Path, key: str) -> dict[int, float]:
+    """{step: value} from metrics.jsonl; a step that stands there twice is an error."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    pairs = [(row["step"], row[key]) for row in found if key in row]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def state_of(run: Path, step: int) -> dict:
+    return train.read_checkpoint(run / f"step-{step:08d}.json")
+
+
+def assert_same(a, b):
+    """Bit for bit, through dicts, lists and tensors."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 4097])
+def test_the_shuffle_visits_everything_once(n):
+    shuffled = train.permute(np.arange(n), n, (1, 0))
+    assert sorted(shuffled.tolist()) == list(range(n))
+    if n > 60:
+        other = train.permute(np.arange(n), n, (1, 1))
+        assert np.mean(shuffled == np.arange(n)) < 0.1 and np.mean(shuffled == other) < 0.1
+        neighbours = np.abs(np.diff(shuffled)).mean() / n
+        assert 0.25 < neighbours < 0.42  # a third, where neighbours have nothing to do with each other
+
+
+def test_each_epoch_visits_each_window_once():
+    windows = train.Windows([np.arange(1003, dtype=np.uint16)], seq_len=10)
+    assert windows.n_windows == 100
+    order = np.concatenate([windows.batch_indices(seed=5, step=s, rows=8) for s in range(25)])  # two epochs
+    assert sorted(order[:100]) == sorted(order[100:]) == list(range(100))
+    assert order[:100].tolist() != order[100:].tolist()
+
+
+def test_windows_run_through_shards_as_if_they_were_one():
+    tokens = np.random.default_rng(0).integers(0, 60_000, 500).astype(np.uint16)
+    windows = train.Windows(np.split(tokens, [3, 4, 100, 333]), seq_len=7)
+    inputs, targets = windows.get(np.arange(windows.n_windows), torch.device("cpu"))
+    assert inputs.flatten().tolist() == tokens[: inputs.numel()].tolist()
+    assert targets.flatten().tolist() == tokens[1 : targets.numel() + 1].tolist()
+    assert 500 - targets.numel() - 1 < 7
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    config = train.TrainConfig(steps=100, lr=2.0, warmup=0.1, decay=0.5)
+    rates = [train.lr_at(step, config) for step in range(101)]
+    assert rates[:3] == pytest.approx([0.2, 0.4, 0.6])
+    assert rates[9:51] == [2.0] * 42
+    assert rates[75] == pytest.approx(1.0) and rates[100] == 0.0
+
+
+def test_accumulated_micro_batches_equal_one_batch(call, data, tmp_path):
+    for micro in (1, 8):
+        call(train, *TINY, "--data", data, "--out", f"m{micro}", "--steps", 5, "--micro_batch", micro, "--dtype", "float32")
+    one, eight = state_of(tmp_path / "m1", 5)["model"], state_of(tmp_path / "m8", 5)["model"]
+    for name in one:
+        torch.testing.assert_close(one[name], eight[name], atol=2e-3, rtol=0)  # Muon's products are in bfloat16
+    a, b = rows(tmp_path / "m1", "loss"), rows(tmp_path / "m8", "loss")
+    assert a[1] == pytest.approx(b[1], abs=1e-5) and a[5] == pytest.approx(b[5], abs=1e-3)
+
+
+@pytest.mark.parametrize("optimizer, names", [("muon", ["Muon", "AdamW"]), ("adamw", ["AdamW"])])
+def test_every_parameter_has_one_optimizer_and_only_matrices_of_blocks_have_muon(optimizer, names):
+    model = GPT(GPTConfig(vocab_size=50, bias=True))
+    optimizers = train.make_optimizers(model, train.TrainConfig(optimizer=optimizer))
+    assert [type(o).__name__ for o in optimizers] == names
+    held = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
+    assert sorted(sum(held, [])) == sorted(id(p) for p in model.parameters())
+    if optimizer == "muon":
+        assert set(held[0]) == {id(p) for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
+
+
+def test_the_loss_falls_below_that_of_guessing_by_letter_frequency(call, data, tmp_path):
+    call(train, *TINY, "--data", data, "--out", "r", "--steps", 150, "--eval_every", 150)
+    _, shards = prepare.load_dataset(data)
+    frequencies = np.bincount(np.concatenate(shards["train"]), minlength=257) / sum(map(len, shards["train"]))
+    entropy = -sum(f * math.log(f) for f in frequencies if f)
+    assert rows(tmp_path / "r", "val_loss")[150] < 0.8 * entropy
+
+
+# ---- evaluation
+
+
+def test_evaluation_leaves_training_as_it_is(call, data, tmp_path):
+    for every in (3, 1000):
+        call(train, *TINY, "--data", data, "--out", f"e{every}", "--steps", 10, "--eval_every", every, "--dropout", 0.2)
+    assert_same(state_of(tmp_path / "e3", 10)["model"], state_of(tmp_path / "e1000", 10)["model"])
+    assert_same(state_of(tmp_path / "e3", 10)["optimizers"], state_of(tmp_path / "e1000", 10)["optimizers"])
+
+
+def test_the_validation_loss_is_that_of_the_saved_model_on_the_held_out_text(run, data):
+    state = state_of(run, 20)
+    meta, shards = prepare.load_dataset(data)
+    tokens = torch.tensor(np.concatenate(shards["val"]).astype(np.int64))
+    n = (len(tokens) - 1) // 16
+    model = train.model_from(state).eval()
+    with torch.no_grad():
+        loss = model(tokens[: n * 16].view(n, 16), tokens[1 : n * 16 + 1].view(n, 16)).item()
+    assert rows(run, "val_loss")[20] == pytest.approx(loss, abs=1e-5)
+    bits = loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+    assert rows(run, "val_bits_per_byte")[20] == pytest.approx(bits, abs=1e-5)
+
+
+# ---- resume
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(call, data, tmp_path):
+    """Twenty steps against ten, and ten more: parameters, optimizers, losses; across an epoch's edge, with dropout."""
+    flags = [*TINY, "--data", data, "--steps", 20, "--dropout", 0.1, "--log_every", 3, "--batch_tokens", 1024]
+    call(train, *flags, "--out", "straight")
+    call(train, *flags, "--out", "halves", "--stop_at", 10)
+    call(train, "--out", "halves", "--resume")
+    assert 12_000 < 20 * 1024 < 2 * 14_000
+    assert_same(state_of(tmp_path / "straight", 20)["model"], state_of(tmp_path / "halves", 20)["model"])
+    assert_same(state_of(tmp_path / "straight", 20)["optimizers"], state_of(tmp_path / "halves", 20)["optimizers"])
+    straight, halves = rows(tmp_path / "straight", "loss"), rows(tmp_path / "halves", "loss")
+    assert {step: halves[step] for step in straight} == straight
+
+
+def test_metrics_hold_each_step_once_after_a_step_back(run, call):
+    losses = rows(run, "loss")
+    for name in ("step-00000020.json", "step-00000015.json"):  # as if the run had died before these were saved
+        (run / name).unlink()
+    call(train, "--out", run, "--resume")
+    assert rows(run, "loss") == losses
+
+
+def test_resuming_says_what_the_command_line_changes(run, call, capsys):
+    call(train, "--out", run, "--resume", "--steps", 25, "--lr", 1e-3)
+    printed = capsys.readouterr().out
+    assert "steps from 20 to 25" in printed and "lr from 0.004 to 0.001" in printed
+    assert (run / "step-00000025.json").exists()
+
+
+def test_init_begins_with_the_weights_of_a_run_and_a_new_schedule(run, call, data, tmp_path):
+    call(train, "--init", run, "--data", data, "--out", "tuned", "--steps", 1, "--lr", 0, "--batch_tokens", 64,
+         "--micro_batch", 4)  # fmt: skip
+    assert rows(tmp_path / "tuned", "val_loss")[1] == pytest.approx(rows(run, "val_loss")[20], abs=1e-6)
+
+
+def test_ctrl_c_saves_at_the_end_of_the_step_and_says_how_to_go_on(data, tmp_path):
+    command = [sys.executable, "-u", ROOT / "train.py", *TINY, "--data", data, "--out", "r", "--steps", 10**6, "--log_every", 1]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     5/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    (record,) = (tmp_path / "r").glob("step-*.json")
+    step = json.loads(record.read_text())["step"]
+    assert step == max(rows(tmp_path / "r", "loss")) and step >= 5
+    assert f"stopped at step {step} and saved; to go on: python train.py --out r --resume" in rest
+
+
+# ---- checkpoints
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(run):
+    assert [r.name for r in sorted(run.glob("step-*.json"))] == [f"step-{s:08d}.json" for s in (10, 15, 20)]
+    losses = rows(run, "val_loss")
+    best = json.loads((run / "best.json").read_text())
+    assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
+
+
+def test_a_worse_evaluation_never_replaces_the_best(tmp_path):
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, 2.2)):
+        train.save_checkpoint(tmp_path, step, {"step": step}, keep=1)
+        if loss < train.best_loss(tmp_path):
+            train.mark_best(tmp_path, step, loss)
+    assert train.load_checkpoint(tmp_path / "best.json")[0]["step"] == 2
+    assert train.load_checkpoint(tmp_path)[0]["step"] == 4
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step-00000002.pt", "step-00000004.pt"]
+
+
+def damage(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    offset = random.Random(how).randrange(len(whole))
+    flipped = whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :]
+    cut = {"empty": b"", "100 bytes": whole[:100], "half": whole[: len(whole) // 2], "all but one": whole[:-1]}
+    path.write_bytes(cut.get(how, flipped))
+
+
+@pytest.mark.parametrize("how", ["empty", "100 bytes", "half", "all but one", "bit 1", "bit 2", "bit 3"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(run, capsys, how):
+    damage(run / "step-00000020.pt", how)
+    state, _ = train.load_checkpoint(run)
+    assert state["step"] == 15
+    assert "damaged:" in (printed := capsys.readouterr().err) and "step-00000020" in printed
+
+
+@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b'{"file": 5}', b"\xff", b'{"file": "nowhere.pt", "sha256": ""}'])
+def test_a_damaged_json_makes_a_checkpoint_not_exist(run, capsys, record):
+    (run / "step-00000020.json").write_bytes(record)
+    assert train.load_checkpoint(run)[0]["step"] == 15
+
+
+def test_a_checkpoint_whose_json_was_not_written_does_not_exist(run):
+    (run / "step-00000020.json").unlink()
+    assert train.load_checkpoint(run)[0]["step"] == 15
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_stops(run, refused):
+    for path in run.glob("*.pt"):
+        damage(path, "half")
+    assert "no whole checkpoint is left" in refused(train, "--out", run, "--resume")
+
+
+def test_a_checkpoint_never_executes_anything(run, refused, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    pickle.loads(pickle.dumps(Bomb()))  # it would work
+    (tmp_path / "executed").rmdir()
+    for name, payload in (("pickle", pickle.dumps(Bomb())), ("torch", None)):
+        for record in run.glob("step-*.json"):
+            path = record.with_suffix(".pt")
+            path.write_bytes(payload) if payload else torch.save({"model": Bomb()}, path)
+            digest = prepare.hashlib.sha256(path.read_bytes()).hexdigest()
+            record.write_text(json.dumps({"step": 1, "file": path.name, "sha256": digest}))
+        assert "no whole checkpoint" in refused(train, "--out", run, "--resume")
+    assert not (tmp_path / "executed").exists()
+
+
+# ---- the command line
+
+
+def test_help_explains_every_setting(capsys, call):
+    with pytest.raises(SystemExit):
+        call(train, "--help")
+    printed = capsys.readouterr().out
+    for cls in (train.TrainConfig, GPTConfig):
+        for f in dataclasses.fields(cls):
+            assert f.name == "model" or (f"--{f.name} " in printed and train.settings(cls)[f.name][1])
+
+
+def test_the_config_of_a_run_makes_the_same_run(run, call, tmp_path):
+    call(train, "--config", run / "config.json", "--out", "again")
+    a, b = (json.loads((folder / "config.json").read_text()) for folder in (run, tmp_path / "again"))
+    assert a | {"out": None} == b | {"out": None}
+    assert_same(state_of(run, 20)["model"], state_of(tmp_path / "again", 20)["model"])
+
+
+def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path):
+    settings = {"steps": 7, "seed": 5, "model": {"n_layer": 1}}
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    call(train, *TINY[2:], "--config", "c.json", "--seed", 6, "--steps", 2, "--data", data, "--out", "r")
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert (config["steps"], config["seed"], config["model"]["n_layer"], config["model"]["n_embd"]) == (2, 6, 1, 32)
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--no_such_flag", 1], "--no_such_flag"),
+        (["--steps", "many"], "--steps"),
+        (["--steps", 0], "steps 0"),
+        (["--stop_at", 99, "--steps", 5], "stop_at 99"),
+        (["--preset", "gpt9"], "gpt9"),
+        (["--data", "data/nowhere"], "data/nowhere"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--out", "nowhere", "--resume"], "no checkpoint"),
+        (["--init", "nowhere"], "no checkpoint"),
+        (["--batch_tokens", 100], "use 64 or 128"),
+        (["--batch_tokens", 10], "use 64,"),
+        (["--n_embd", 30, "--n_head", 4], "n_embd 30 is not divisible by n_head 4"),
+        (["--vocab_size", 100], "vocabulary of 100"),
+        (["--seq_len", 4096, "--batch_tokens", 16384], "fewer than a window"),
+        (["--warmup", 0.7, "--decay", 0.7], "warmup 0.7"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_the_first_step(refused, data, tmp_path, arguments, told):
+    assert told in refused(train, *TINY, "--data", data, *arguments)
+    assert not list(tmp_path.glob("**/step-*"))
+
+
+def test_an_unknown_key_in_a_settings_file_is_refused(refused, tmp_path):
+    (tmp_path / "c.json").write_text('{"steps": 5, "model": {"n_layers": 3}}')
+    assert "n_layers" in refused(train, "--config", "c.json")
+    (tmp_path / "c.json").write_text('["steps"]')
+    assert "c.json" in refused(train, "--config", "c.json")
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(run, refused):
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert "--resume" in refused(train, "--out", run)
+    assert before == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+
+
+def test_a_damaged_shard_is_refused(refused, data, tmp_path):
+    shutil.copytree(data, tmp_path / "set")
+    damage(tmp_path / "set" / "train-00000.npy", "half")
+    assert "train-00000.npy is damaged" in refused(train, *TINY, "--data", "set")
+
+
+def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path):
+    for name, seed, tokenizer in (("other", 3, "byte"), ("bpe", 0, "bpe:300")):
+        (tmp_path / f"{name}.txt").write_text(words(3000, seed))
+        call(prepare, f"{name}.txt", "--tokenizer", tokenizer)
+    assert "not the data set that this run began with" in refused(train, "--out", run, "--resume", "--data", "data/other")
+    assert "not with the tokenizer" in refused(train, "--init", run, "--data", "data/bpe", "--vocab_size", 300)
+
+
+def test_the_whole_way_from_the_shell(tmp_path):
+    """Text, data set, run, resumed run and text again, as a user would type it."""
+    (tmp_path / "my.txt").write_text(words(3000), encoding="utf-8")
+    tiny = [*TINY, "--data", "data/my"]
+    for script, arguments, told in (
+        ("model.py", [], "124,439,808"),
+        ("prepare.py", ["my.txt", "--tokenizer", "bpe:300"], "vocabulary of 300"),
+        ("train.py", [*tiny, "--steps", 4, "--stop_at", 2], "to go on: python train.py --out runs/toy-1 --resume"),
+        ("train.py", ["--resume"], "bits per byte"),
+        ("train.py", [*tiny, "--steps", 2], "the run lies in runs/toy-2"),
+        ("sample.py", ["runs/toy-1", "--prompt", "the small ", "--tokens", 20, "--seed", 1], "the small "),
+    ):
+        done = shell(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stdout + done.stderr

@@ -1,0 +1,682 @@
+"""Train a GPT.
+
+    python train.py                                             the toy preset on the default corpus, prepared if need be
+    python train.py --preset shakespeare --data data/shakespeare
+    python train.py --n_layer 6 --lr 2e-3 --out runs/deeper     any setting over the preset's
+    python train.py --config runs/toy-1/config.json --seed 2    the settings of an earlier run, but one
+    python train.py --out runs/toy-1 --resume                   go on where it stopped
+
+A run is a folder: config.json, metrics.jsonl, checkpoints, and TensorBoard's event files where that is installed.
+Ctrl-C ends a run at the end of its step, saved. The step number is the only state: the batch and the dropout of a step
+follow from the seed and the step, so a resumed run goes on bit for bit as if it had never stopped.
+"""
+import argparse
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Iterator, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import model as models
+import prepare
+from model import GPT, GPTConfig, generate
+from prepare import fail
+
+DEFAULT_DATA = "data/stdlib"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: one dataclass is the command line, config.json, and what a checkpoint says of itself
+
+
+@dataclass
+class TrainConfig:
+    preset: str = "toy"  # settings to begin with
+    data: str = DEFAULT_DATA  # data set made by prepare.py
+    out: str | None = None  # folder of the run (default: runs/PRESET-N, the first free N)
+    init: str | None = None  # run or checkpoint whose weights to begin with
+    steps: int = 1000  # optimizer steps in the schedule
+    stop_at: int | None = None  # step to stop at, saved, with the schedule left alone (default: steps)
+    batch_tokens: int = 4096  # tokens in one optimizer step
+    micro_batch: int = 32  # sequences in one forward and backward pass
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for matrices in blocks, AdamW for the rest; or all AdamW
+    lr: float = 4e-3  # peak learning rate
+    warmup: float = 0.02  # share of the steps in which the learning rate rises
+    decay: float = 0.5  # share of the steps, at the end, in which it falls to zero
+    weight_decay: float = 0.1  # decoupled weight decay of matrices
+    grad_clip: float = 1.0  # largest norm of the gradient
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
+    compile: bool | None = None  # torch.compile (default: on accelerators)
+    device: str | None = None  # cpu, cuda, mps, ... (default: the accelerator where there is one)
+    seed: int = 1  # of the weights, the order of the data and dropout
+    eval_every: int = 250  # steps between evaluations
+    eval_tokens: int = 2**20  # most held-out tokens read by an evaluation
+    save_every: int = 250  # steps between checkpoints
+    log_every: int = 10  # steps between lines of progress
+    keep: int = 2  # newest checkpoints kept, beside the best
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    def __post_init__(self):
+        for name in ("steps", "batch_tokens", "micro_batch", "eval_every", "eval_tokens", "save_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.stop_at is not None and not 0 < self.stop_at <= self.steps:
+            raise ValueError(f"stop_at {self.stop_at} is not between 1 and steps {self.steps}")
+        if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are not shares that leave room for each other")
+        unit = self.micro_batch * self.model.seq_len
+        if self.batch_tokens % unit:
+            below = self.batch_tokens // unit * unit
+            legal = " or ".join(str(size) for size in (below, below + unit) if size)
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of micro_batch x seq_len ="
+                f" {self.micro_batch} x {self.model.seq_len} = {unit}: use {legal}, or another micro_batch"
+            )
+
+
+PRESETS: dict[str, dict] = {
+    "toy": dict(),
+    "shakespeare": dict(data="data/shakespeare", batch_tokens=8192, steps=1000),
+    "gpt2": dict(data="data/gpt2", batch_tokens=491_520, micro_batch=12, steps=20_000, lr=1e-3, log_every=1),
+}
+
+
+def settings(cls: type) -> dict[str, tuple[type, str]]:
+    """{name: (type, what it is)} of a config's fields; the second is the comment behind the field."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    hints = typing.get_type_hints(cls)
+    return {f.name: (hints[f.name], comments[f.name]) for f in fields(cls) if f.name in comments}
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
+    group = parser.add_argument_group(title)
+    for name, (hint, comment) in settings(cls).items():
+        if isinstance(hint, types.UnionType):  # int | None: the flag takes an int
+            hint = hint.__args__[0]
+        if hint is bool:
+            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=comment)
+        elif typing.get_origin(hint) is Literal:
+            group.add_argument(f"--{name}", choices=typing.get_args(hint), help=comment)
+        else:
+            group.add_argument(f"--{name}", type=hint, metavar=hint.__name__.upper(), help=comment)
+
+
+def build_config(chosen: dict) -> TrainConfig:
+    """The config in which `chosen`, a flat dict, overrides the preset that it names. Raises ValueError."""
+    preset = chosen.get("preset", TrainConfig.preset)
+    if preset not in PRESETS:
+        raise ValueError(f"no preset is called {preset!r}: use {', '.join(PRESETS)}")
+    chosen = {**models.PRESETS[preset], **PRESETS[preset], **chosen}
+    if unknown := chosen.keys() - settings(TrainConfig).keys() - settings(GPTConfig).keys():
+        raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: python train.py --help lists them all")
+    shape = GPTConfig(**{name: chosen.pop(name) for name in settings(GPTConfig) if name in chosen})
+    return TrainConfig(**chosen, model=shape)
+
+
+def flatten(config: dict) -> dict:
+    """A config as config.json holds it, with the model's fields beside the others."""
+    return {name: value for name, value in config.items() if name != "model"} | config.get("model", {})
+
+
+def parse_command_line() -> tuple[dict, bool]:
+    """The settings given by flags and by --config's file, flat, and whether to resume."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out, or the newest")
+    parser.add_argument("--config", metavar="FILE.json", help="settings from a file, such as a run's config.json")
+    add_flags(parser, "training", TrainConfig)
+    add_flags(parser, "model", GPTConfig)
+    given = vars(parser.parse_args())
+    resume, file = given.pop("resume"), given.pop("config", None)
+    if file is not None:
+        try:
+            from_file = flatten(json.loads(Path(file).read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            fail(f"cannot read settings from {file}: {error}")
+        given = {**from_file, "out": None, **given}
+    return given, resume
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine: device, number format, speed
+
+# Published peaks of dense bfloat16 products, FLOP/s.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def measured_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two 1024 x 1024 matrices on this CPU: the best of a few."""
+    a, b = torch.randn(2, 1024, 1024).to(dtype)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def choose_device(name: str | None) -> tuple[torch.device, str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return (accelerator, "found") if accelerator else (torch.device("cpu"), "no accelerator found")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name), "asked for"
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} can't be used here: {str(error).splitlines()[0]}")
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, float | None, str]:
+    """The dtype of matrix products, the FLOP/s they could reach (None where unknown), and the reason."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
+    if device.type != "cpu":
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        reason = "asked for" if dtype else "it has bfloat16 units" if native else "it has no bfloat16 units"
+        dtype = dtype or (torch.bfloat16 if native else torch.float32)
+        known = [peak for model_name, peak in PEAK_FLOPS.items() if model_name in gpu and dtype == torch.bfloat16]
+        return dtype, known[0] if known else None, reason
+    if dtype:
+        return dtype, measured_peak(dtype), "asked for"
+    if not torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return torch.float32, measured_peak(torch.float32), "this CPU has no bfloat16 instructions"
+    peak32, peak16 = measured_peak(torch.float32), measured_peak(torch.bfloat16)
+    # Half of a step is not products but casts, norms and the optimizer, so bfloat16 must be much faster to pay.
+    best = torch.bfloat16 if peak16 > 1.5 * peak32 else torch.float32
+    reason = f"products measured at {peak32 / 1e9:.0f} GFLOP/s in float32, {peak16 / 1e9:.0f} in bfloat16"
+    return best, max(peak32, peak16) if best == torch.bfloat16 else peak32, reason
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: the windows of step s follow from (seed, s), and nothing else
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where each of `index` lands when 0 .. n-1 are shuffled, without storing the shuffle: a Feistel network permutes
+    the numbers of 2 h bits, and one that lands outside 0 .. n-1 goes through again until it is inside."""
+    half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    mask = np.uint64(2**half - 1)
+    rounds = np.random.SeedSequence(key).generate_state(6, np.uint64)
+    index = index.astype(np.uint64)
+    outside = np.ones(len(index), bool)
+    while outside.any():
+        left, right = index[outside] >> np.uint64(half), index[outside] & mask
+        for salt in rounds:
+            mixed = (right ^ salt) * np.uint64(0x9E3779B97F4A7C15)  # wraps around; its high bits depend on all of right
+            left, right = right, left ^ (mixed >> np.uint64(40) & mask)
+        index[outside] = left << np.uint64(half) | right
+        outside = index >= n
+    return index.astype(np.int64)
+
+
+class Windows:
+    """A split's tokens, end to end, seen as windows of seq_len inputs and their targets, the tokens one further on."""
+
+    def __init__(self, shards: list[np.ndarray], seq_len: int):
+        self.shards, self.seq_len = shards, seq_len
+        self.starts = np.cumsum([0] + [len(shard) for shard in shards])
+        self.n_tokens = int(self.starts[-1])
+        self.n_windows = (self.n_tokens - 1) // seq_len
+
+    def window(self, index: int) -> np.ndarray:
+        """Tokens [seq_len + 1] of window `index`, which may lie in several shards."""
+        begin, end = index * self.seq_len, (index + 1) * self.seq_len + 1
+        first = np.searchsorted(self.starts, begin, side="right") - 1
+        parts = []
+        for start, shard in zip(self.starts[first:], self.shards[first:]):
+            if start >= end:
+                break
+            parts.append(shard[max(begin - start, 0) : end - start])
+        return np.concatenate(parts)
+
+    def get(self, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [len(indices), seq_len] of these windows."""
+        windows = torch.from_numpy(np.stack([self.window(i) for i in indices]).astype(np.int64))
+        if device.type != "cpu":
+            windows = windows.pin_memory().to(device, non_blocking=True)
+        return windows[:, :-1], windows[:, 1:]
+
+    def batch_indices(self, seed: int, step: int, rows: int) -> np.ndarray:
+        """The windows [rows] of a step: each epoch visits every window once, in an order of its own."""
+        position = np.arange(step * rows, (step + 1) * rows)
+        epochs, places = position // self.n_windows, position % self.n_windows
+        indices = np.empty(rows, np.int64)
+        for epoch in np.unique(epochs):
+            indices[epochs == epoch] = permute(places[epochs == epoch], self.n_windows, (seed, int(epoch)))
+        return indices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedule
+
+
+def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices in blocks, where a gradient's directions matter more than their sizes; AdamW for the rest.
+    Muon's updates are scaled to the size of AdamW's (Liu et al., 2025), so one learning rate serves both."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    in_muon = {id(p) for p in matrices} if config.optimizer == "muon" else set()
+    rest = [p for p in model.parameters() if id(p) not in in_muon]
+    adamw = torch.optim.AdamW(
+        [
+            dict(params=[p for p in rest if p.ndim >= 2], weight_decay=config.weight_decay),
+            dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
+        ],
+        lr=config.lr, betas=(0.9, 0.95), fused=True,
+    )
+    if not in_muon:
+        return [adamw]
+    muon = torch.optim.Muon(
+        matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adamw]
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """Learning rate of step 0, 1, ...: a linear rise, a plateau, a linear fall that would reach zero at `steps`."""
+    rise = (step + 1) / max(1, config.warmup * config.steps)
+    fall = (config.steps - step) / max(1, config.decay * config.steps)
+    return config.lr * min(rise, 1.0, fall)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.device, autocast) -> tuple[float, float]:
+    """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers."""
+    n = min(windows.n_windows, max(1, config.eval_tokens // windows.seq_len))
+    chosen = np.linspace(0, windows.n_windows, n, endpoint=False).astype(np.int64)
+    model.eval()
+    losses = []
+    for i in range(0, n, config.micro_batch):
+        inputs, targets = windows.get(chosen[i : i + config.micro_batch], device)
+        with autocast:
+            logits = model(inputs)
+        losses.append(F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").mean(1).double().cpu())
+    model.train()
+    losses = torch.cat(losses)
+    return losses.mean().item(), (losses.std() / math.sqrt(n)).item() if n > 1 else math.nan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a tensor file, and a small JSON that names it, written last
+
+
+def save_checkpoint(run: Path, step: int, state: dict, keep: int) -> None:
+    """Write step-N.pt beside its final name, rename it, then write step-N.json, which makes it count. Prune last, so
+    that at every instant the newest whole checkpoint is on disk."""
+    path = run / f"step-{step:08d}.pt"
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with open(partial, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, RuntimeError):
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)
+    record = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    prepare.write_json(path.with_suffix(".json"), record)
+    prune(run, keep)
+
+
+def mark_best(run: Path, step: int, val_loss: float) -> None:
+    """Make best.json a copy of a checkpoint's JSON, with the loss that earned it."""
+    record = json.loads((run / f"step-{step:08d}.json").read_text(encoding="utf-8"))
+    prepare.write_json(run / "best.json", {**record, "val_loss": val_loss})
+
+
+def best_loss(run: Path) -> float:
+    try:
+        return json.loads((run / "best.json").read_text(encoding="utf-8"))["val_loss"]
+    except FileNotFoundError:
+        return math.inf
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    records = sorted(run.glob("step-*.json"))
+    best = run / "best.json"
+    kept = {json.loads(r.read_text(encoding="utf-8"))["file"] for r in [*records[-keep:], best] if r.exists()}
+    for record in records[:-keep]:
+        if (tensors := record.with_suffix(".pt")).name not in kept:
+            record.unlink()
+            tensors.unlink(missing_ok=True)
+
+
+class Damaged(Exception):
+    """A checkpoint that is not whole."""
+
+
+def read_checkpoint(record: Path) -> dict:
+    """The state that a checkpoint's JSON names, on the CPU, after its size and SHA-256 are found right. Nothing in the
+    file is executed. Raises Damaged."""
+    try:
+        named = json.loads(record.read_text(encoding="utf-8"))
+        path = record.with_name(Path(named["file"]).name)
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != named["sha256"]:
+                raise Damaged(f"{path} does not match the SHA-256 in {record.name}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Damaged:
+        raise
+    except Exception as error:  # a file that is not what it says can break torch.load in any way
+        raise Damaged(f"{record} can't be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
+    """The state of a checkpoint (its .json or .pt), or of the newest whole one in a run's folder, and its JSON's path.
+    Names each damaged one that it passes over. Ends the program where none is left."""
+    path = Path(path)
+    if path.is_dir():
+        records = sorted(path.glob("step-*.json"), reverse=True)
+    else:
+        records = [path.with_suffix(".json")] if path.exists() else []
+    if not records:
+        fail(f"there is no checkpoint in {path}: make one with python train.py")
+    for record in records:
+        try:
+            return read_checkpoint(record), record
+        except Damaged as error:
+            print(f"damaged: {error}", file=sys.stderr)
+    fail(f"no whole checkpoint is left in {path}")
+
+
+def newest_run(runs: str | Path = "runs") -> Path:
+    """The folder in `runs` with the newest checkpoint."""
+    records = list(Path(runs).glob("*/step-*.json"))
+    if not records:
+        fail(f"there is no run in {runs}/: make one with python train.py")
+    return max(records, key=lambda record: record.stat().st_mtime).parent
+
+
+def model_from(state: dict) -> GPT:
+    """The model that a checkpoint holds, on the CPU."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**state["config"]["model"]))
+    model.load_state_dict(state["model"], assign=True)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+class Metrics:
+    """metrics.jsonl, and TensorBoard's files where that is installed. Rows after `step` are of a life that was lost."""
+
+    def __init__(self, run: Path, step: int):
+        path = run / "metrics.jsonl"
+        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+        path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(run, purge_step=step + 1)
+        except ImportError:
+            self.board = None
+
+    def write(self, **row) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+
+
+class Console:
+    """Lines of progress on stdout; on a terminal also a live line, which the next line replaces."""
+
+    def __init__(self):
+        self.live = sys.stdout.isatty()
+        self.shown = 0.0
+
+    def line(self, text: str) -> None:
+        print(f"\r\033[K{text}" if self.live else text, flush=True)
+
+    def glimpse(self, text: str) -> None:
+        if self.live and time.monotonic() - self.shown > 0.2:
+            print(f"\r\033[K{text}", end="", flush=True)
+            self.shown = time.monotonic()
+
+
+def clock(seconds: float) -> str:
+    """4000 -> 1:06:40"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]:
+    """The config, the run's folder, and the state to resume from (None for a new run)."""
+    state = None
+    if resume:
+        run = Path(given["out"]) if given.get("out") else newest_run()
+        state, record = load_checkpoint(run)
+        print(f"resuming {record.with_suffix('')}, step {state['step']}")
+        saved = flatten(state["config"]) | {"stop_at": None, "out": str(run)}
+        for name, value in given.items():
+            if name in saved and saved[name] != value:
+                print(f"changed by the command line: {name} from {saved[name]} to {value}")
+        given = {**saved, **given}
+    elif given.get("init"):
+        shape = load_checkpoint(given["init"])[0]["config"]["model"]
+        given = {**shape, "dropout": GPTConfig.dropout, **given}
+    try:
+        config = build_config(given)
+    except (ValueError, TypeError) as error:
+        fail(str(error))
+    if config.out is None:
+        numbered = (f"runs/{config.preset}-{n}" for n in range(1, 10**6))
+        config.out = next(name for name in numbered if not Path(name).exists())
+    run = Path(config.out)
+    if not resume and any(run.glob("*.json")):
+        fail(f"{run} already holds a run: go on with it by --out {run} --resume, or choose another --out")
+    return config, run, state
+
+
+def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
+    """The data set's meta.json, and the windows of its two splits. Prepares the default data set where it is missing."""
+    if config.data == DEFAULT_DATA and not Path(DEFAULT_DATA, "meta.json").exists():
+        print(f"preparing the default corpus in {DEFAULT_DATA}, once", flush=True)
+        prepare.prepare([], DEFAULT_DATA)
+    meta, shards = prepare.load_dataset(config.data)
+    splits = [Windows(shards[split], config.model.seq_len) for split in prepare.SPLITS]
+    for split, windows in zip(prepare.SPLITS, splits):
+        if windows.n_windows < 1:
+            fail(
+                f"the {split} split of {config.data} has {windows.n_tokens} tokens, fewer than a window of"
+                f" {config.model.seq_len} and its target: use more text, or a smaller --seq_len"
+            )
+    if config.model.vocab_size is None:
+        config.model.vocab_size = meta["vocab_size"]
+    elif config.model.vocab_size < meta["vocab_size"]:
+        fail(
+            f"the model's vocabulary of {config.model.vocab_size} is smaller than that of {config.data}, which has"
+            f" {meta['vocab_size']}: leave --vocab_size out, or prepare the text with the model's tokenizer"
+        )
+    return meta, *splits
+
+
+def check_same_data(state: dict, meta: dict, config: TrainConfig, resume: bool) -> None:
+    """A model only understands the tokens it was trained on, and a resumed run goes on in the same data."""
+    if state["tokenizer"] != meta["tokenizer"]:
+        fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the tokenizer of the checkpoint")
+    if resume and state["data"] != [shard["sha256"] for shard in meta["train"]["shards"]]:
+        fail(f"{config.data} is not the data set that this run began with: prepare that one again, or start a new run")
+
+
+def main() -> None:
+    started = time.monotonic()
+    given, resume = parse_command_line()
+    config, run, state = open_run(given, resume)
+    meta, train_windows, val_windows = load_data(config)
+
+    device, device_reason = choose_device(config.device)
+    dtype, peak_flops, dtype_reason = choose_dtype(config.dtype, device)
+    config.dtype = str(dtype).removeprefix("torch.")
+    compiling = device.type == "cuda" if config.compile is None else config.compile
+    compile_reason = "asked for" if config.compile is not None else "pays on CUDA, only in long runs elsewhere"
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    # Build the model, or take it from a checkpoint. The plain model is kept beside the compiled one, to save and sample.
+    torch.manual_seed(config.seed)
+    model = GPT(config.model)
+    start_state = state if resume else load_checkpoint(config.init)[0] if config.init else None
+    if start_state:
+        check_same_data(start_state, meta, config, resume)
+        try:
+            model.load_state_dict(start_state["model"])
+        except RuntimeError as error:
+            fail(f"the checkpoint does not fit the model asked for: {str(error).splitlines()[1].strip()}")
+    model.to(device)
+    optimizers = make_optimizers(model, config)
+    step = 0
+    if resume:
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step = state["step"]
+    trained = torch.compile(model) if compiling else model
+
+    rows = config.batch_tokens // config.model.seq_len
+    stop_at = config.stop_at or config.steps
+    if step >= stop_at:
+        fail(f"{run} is at step {step} already: give more --steps, or a later --stop_at, to go on")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        prepare.write_json(run / "config.json", asdict(config))
+        metrics = Metrics(run, step)
+    except OSError as error:
+        fail(f"cannot write to {run}: {error.strerror}")
+
+    epochs = config.steps * config.batch_tokens / train_windows.n_tokens
+    print(
+        f"run      {run}\n"
+        f"data     {config.data}: {train_windows.n_tokens:,} tokens to train on, {val_windows.n_tokens:,} held out\n"
+        f"model    {model.n_params():,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP per token\n"
+        f"steps    {config.steps:,} of {config.batch_tokens:,} tokens: {epochs:.2f} epochs\n"
+        f"device   {device} ({device_reason})\n"
+        f"dtype    {config.dtype} ({dtype_reason})\n"
+        f"compile  {'on' if compiling else 'off'} ({compile_reason})",
+        flush=True,
+    )
+
+    console = Console()
+    signalled = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signalled.append(number))
+
+    def save() -> None:
+        state = {
+            "step": step,
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "config": asdict(config),
+            "tokenizer": meta["tokenizer"],
+            "data": [shard["sha256"] for shard in meta["train"]["shards"]],
+        }
+        save_checkpoint(run, step, state, config.keep)
+
+    model.train()
+    first_step, loop_started = step, time.monotonic()
+    last_log, last_step = loop_started, step
+    val_loss = None
+    while step < stop_at and not signalled:
+        # step
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, config)
+        indices = train_windows.batch_indices(config.seed, step, rows)
+        loss = torch.zeros((), device=device)
+        for micro in range(0, rows, config.micro_batch):
+            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, micro)).generate_state(1)[0]))  # dropout
+            inputs, targets = train_windows.get(indices[micro : micro + config.micro_batch], device)
+            with autocast:
+                micro_loss = trained(inputs, targets) * (config.micro_batch / rows)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        leaving = step == stop_at or bool(signalled)
+
+        # log
+        now = time.monotonic()
+        left = (now - loop_started) / (step - first_step) * (stop_at - step)
+        console.glimpse(f"step {step:,}/{config.steps:,}  {clock(left)} left")
+        if step % config.log_every == 0 or step == 1 or leaving:
+            speed = (step - last_step) * config.batch_tokens / (now - last_log)
+            row = dict(step=step, loss=loss.item(), lr=lr_at(step - 1, config), grad_norm=grad_norm.item())
+            row |= dict(seconds=now - started, tokens_per_second=speed)
+            line = f"step {step:5,}/{config.steps:,}  loss {row['loss']:.4f}  {speed:9,.0f} tokens/s"
+            if peak_flops:
+                row["mfu"] = speed * model.flops_per_token() / peak_flops
+                line += f"  {row['mfu']:4.0%} of peak"
+            console.line(f"{line}  {clock(left)} left")
+            metrics.write(**row)
+            last_log, last_step = time.monotonic(), step
+
+        # save
+        if step % config.save_every == 0 or leaving:
+            save()
+
+        # evaluate
+        if step % config.eval_every == 0 or step == stop_at:
+            val_loss, error = evaluate(model, val_windows, config, device, autocast)
+            bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+            console.line(f"step {step:5,}/{config.steps:,}  val_loss {val_loss:.4f} +- {error:.4f}  {bits:.4f} bits per byte")
+            metrics.write(step=step, val_loss=val_loss, val_loss_error=error, val_bits_per_byte=bits)
+            if val_loss < best_loss(run):
+                if step % config.save_every and not leaving:
+                    save()
+                mark_best(run, step, val_loss)
+            last_log, last_step = time.monotonic(), step
+
+    go_on = f"python train.py --out {run} --resume"
+    if signalled:
+        print(f"stopped at step {step} and saved; to go on: {go_on}")
+        return
+    tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
+    prompt = torch.tensor([[tokenizer.eot_token]], device=device)
+    model.eval()
+    written = islice(generate(model, prompt, n_vocab=tokenizer.n_vocab), 200)
+    text = b"".join(prepare.token_bytes(tokenizer, ids.item()) for ids in written).decode(errors="replace")
+    print(f"\nwhat it writes:\n{text}\n")
+    print(f"val_loss {val_loss:.4f} nats per token, {bits:.4f} bits per byte, after {clock(time.monotonic() - started)}")
+    print(f"the run lies in {run}")
+    if stop_at < config.steps:
+        print(f"to go on: {go_on}")
+    print(f"next: python sample.py {run} --prompt 'def '")
+
+
+if __name__ == "__main__":
+    main()
