@@ -406,26 +406,28 @@ def load_dataset(folder: str | Path) -> tuple[dict, dict[str, list[np.ndarray]]]
 
 
 class Progress:
-    """A live line on a terminal, a plain line every ten seconds elsewhere."""
+    """How far a stage is: a live line on a terminal, a plain line every ten seconds elsewhere."""
 
     def __init__(self, verb: str, total_bytes: int):
         self.verb, self.total, self.done = verb, total_bytes, 0
+        self.live = sys.stderr.isatty()
         self.start = self.shown = time.monotonic()
 
     def advance(self, n_bytes: int) -> None:
         self.done += n_bytes
         now = time.monotonic()
-        if now - self.shown > (0.2 if sys.stderr.isatty() else 10):
+        if now - self.shown > (0.2 if self.live else 10):
+            self.shown = now
             rate = self.done / (now - self.start)
             left = max(self.total - self.done, 0) / rate
-            line = f"{self.verb} {self.done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, about {left:,.0f} s left"
-            print(f"\r{line} " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n", file=sys.stderr)
-            self.shown = now
+            self._print(f"{rate / 1e6:.1f} MB/s, about {left:,.0f} s left", end="" if self.live else "\n")
 
     def finish(self) -> None:
-        clear = "\r\033[K" if sys.stderr.isatty() else ""
-        seconds = time.monotonic() - self.start
-        print(f"{clear}{self.verb} {self.done / 1e6:,.1f} MB in {seconds:.1f} s", file=sys.stderr)
+        self._print(f"in {time.monotonic() - self.start:.1f} s", end="\n")
+
+    def _print(self, text: str, end: str) -> None:
+        clear = "\r\033[K" if self.live else ""
+        print(f"{clear}{self.verb} {self.done / 1e6:,.1f} MB {text}", end=end, file=sys.stderr, flush=True)
 
 
 def learn_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) -> tiktoken.Encoding:

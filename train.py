@@ -178,7 +178,7 @@ def choose_device(name: str | None) -> tuple[torch.device, str]:
         return (accelerator, "found") if accelerator else (torch.device("cpu"), "no accelerator found")
     try:
         torch.empty(1, device=name)
-        return torch.device(name), "asked for"
+        return torch.device(name), "as set"
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} can't be used here: {str(error).splitlines()[0]}")
 
@@ -189,12 +189,12 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, float | 
     if device.type != "cpu":
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        reason = "asked for" if dtype else "it has bfloat16 units" if native else "it has no bfloat16 units"
+        reason = "as set" if dtype else "it has bfloat16 units" if native else "it has no bfloat16 units"
         dtype = dtype or (torch.bfloat16 if native else torch.float32)
         known = [peak for model_name, peak in PEAK_FLOPS.items() if model_name in gpu and dtype == torch.bfloat16]
         return dtype, known[0] if known else None, reason
     if dtype:
-        return dtype, measured_peak(dtype), "asked for"
+        return dtype, measured_peak(dtype), "as set"
     if not torch.cpu.get_capabilities().get("avx512_bf16", False):
         return torch.float32, measured_peak(torch.float32), "this CPU has no bfloat16 instructions"
     peak32, peak16 = measured_peak(torch.float32), measured_peak(torch.bfloat16)
@@ -249,9 +249,7 @@ class Windows:
     def get(self, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets [len(indices), seq_len] of these windows."""
         windows = torch.from_numpy(np.stack([self.window(i) for i in indices]).astype(np.int64))
-        if device.type != "cpu":
-            windows = windows.pin_memory().to(device, non_blocking=True)
-        return windows[:, :-1], windows[:, 1:]
+        return windows[:, :-1].to(device), windows[:, 1:].to(device)
 
     def batch_indices(self, seed: int, step: int, rows: int) -> np.ndarray:
         """The windows [rows] of a step: each epoch visits every window once, in an order of its own."""
@@ -543,7 +541,7 @@ def main() -> None:
     dtype, peak_flops, dtype_reason = choose_dtype(config.dtype, device)
     config.dtype = str(dtype).removeprefix("torch.")
     compiling = device.type == "cuda" if config.compile is None else config.compile
-    compile_reason = "asked for" if config.compile is not None else "pays on CUDA, only in long runs elsewhere"
+    compile_reason = "as set" if config.compile is not None else "pays on CUDA, only in long runs elsewhere"
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # Build the model, or take it from a checkpoint. The plain model is kept beside the compiled one, to save and sample.
@@ -602,7 +600,10 @@ def main() -> None:
             "tokenizer": meta["tokenizer"],
             "data": [shard["sha256"] for shard in meta["train"]["shards"]],
         }
-        save_checkpoint(run, step, state, config.keep)
+        try:
+            save_checkpoint(run, step, state, config.keep)
+        except (OSError, RuntimeError) as error:
+            fail(f"cannot save step {step} in {run} ({error}): the checkpoint before it is whole; make room and --resume")
 
     model.train()
     first_step, loop_started = step, time.monotonic()
@@ -623,6 +624,8 @@ def main() -> None:
             micro_loss.backward()
             loss += micro_loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        if not torch.isfinite(grad_norm):
+            fail(f"step {step + 1}: the gradient is {grad_norm}, so the step was not made: --resume with a lower --lr")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -675,7 +678,7 @@ def main() -> None:
     print(f"the run lies in {run}")
     if stop_at < config.steps:
         print(f"to go on: {go_on}")
-    print(f"next: python sample.py {run} --prompt 'def '")
+    print(f"next: python sample.py {run} --interactive")
 
 
 if __name__ == "__main__":

@@ -325,3 +325,11 @@ def test_the_default_corpus_is_the_standard_library():
     names = [path.as_posix() for path in prepare.default_corpus()]
     assert any(name.endswith("/json/decoder.py") for name in names) and len(names) > 300
     assert not any(f"/{part}/" in name for name in names for part in ("test", "site-packages", "idlelib"))
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="set TIKTOKEN_CACHE_DIR to where tiktoken keeps gpt2")
+def test_gpt2_text_has_the_ids_that_openai_published(call, tmp_path):
+    (tmp_path / "t.txt").write_text("Hello world")
+    call(prepare, "t.txt", "--tokenizer", "gpt2", "--val_fraction", 0.5)
+    _, shards = prepare.load_dataset("data/t")
+    assert shards["train"][0].tolist() + shards["val"][0].tolist() == [15496, 50256, 995, 50256]
