@@ -4,16 +4,18 @@
     norm           LayerNorm                     RMSNorm: no mean, no bias
     positions      learned, added once           rotary: queries and keys turn by an angle that grows with position
     attention      every head has its own k, v   several query heads share one; queries and keys are normalised
-    MLP            GELU, 4 C wide                SwiGLU: a gate, 8/3 C wide, for as many parameters
+    MLP            GELU, 4 C wide                SwiGLU: a gate, 8/3 C wide, for as many parameters;
+                                                 in large models many of them, of which each token visits a few
     biases         everywhere                    nowhere
     dropout        0.1                           none
 
 Shapes are written in one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels of a head,
-S longest sequence, V vocabulary. A reader who wants only today's model can skip every line that names a switch.
+S longest sequence, E experts, V vocabulary. A reader who wants only today's model can skip every line that names a switch.
 """
 import argparse
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Iterator, Literal
 
 import torch
@@ -42,6 +44,15 @@ class GPTConfig:
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # in the MLP
     gated: bool = True  # multiply the MLP's activation by a second projection
     bias: bool = False  # biases in linear layers and LayerNorms
+    n_expert: int | None = None  # MLPs side by side in each block, experts (default: one MLP that serves every token)
+    n_expert_active: int = 2  # experts that a token visits
+    renormalise: bool = True  # scale the gates of the visited experts to sum to one
+    balance_loss: float = 0.01  # weight of the loss that spreads tokens over experts
+    router_z_loss: float = 0.001  # weight of the loss that keeps the router's logits small
+    post_norm: bool = False  # a second norm, behind attention and MLP
+    attention_cap: float | None = None  # squash attention scores into (-cap, cap) by cap tanh(score / cap)
+    embedding_scale: float = 1.0  # multiplies token embeddings
+    logit_scale: float = 1.0  # multiplies logits
     tied: bool = False  # the output matrix is the token embedding
     dropout: float = 0.0  # share of activations zeroed in training
 
@@ -63,14 +74,46 @@ class GPTConfig:
             raise ValueError(f"rotary positions turn pairs of channels, but head_dim {self.head_dim} is odd")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+        if self.n_expert is not None and not 1 <= self.n_expert_active <= self.n_expert:
+            raise ValueError(f"n_expert_active {self.n_expert_active} is not between 1 and n_expert {self.n_expert}")
 
 
-GPT2 = dict(norm="layer", norm_eps=1e-5, position="learned", qk_norm=False, activation="gelu_tanh", gated=False, bias=True, tied=True)
+GPT2 = dict(
+    vocab_size=50257, seq_len=1024, norm="layer", norm_eps=1e-5, position="learned", qk_norm=False,
+    activation="gelu_tanh", gated=False, bias=True, tied=True,
+)  # fmt: skip
+LLAMA3 = dict(vocab_size=128256, seq_len=8192, n_kv_head=8, norm_eps=1e-5, rope_base=500_000.0, qk_norm=False)
+QWEN3 = dict(vocab_size=151936, seq_len=40960, n_kv_head=8, head_dim=128, rope_base=1_000_000.0)
+GROK = dict(
+    norm_eps=1e-5, qk_norm=False, activation="gelu_tanh", n_expert=8, renormalise=False, post_norm=True, attention_cap=30.0,
+    tied=True,
+)  # fmt: skip
 
 PRESETS: dict[str, dict] = {
-    "toy": dict(seq_len=128, n_layer=4, n_head=4, n_kv_head=2, n_embd=256),
+    "toy": dict(),
     "shakespeare": dict(seq_len=256, n_layer=6, n_head=4, n_embd=256, dropout=0.1),
-    "gpt2": dict(GPT2, vocab_size=50257, seq_len=1024, n_layer=12, n_head=12, n_embd=768),
+    "grok-toy": dict(GROK, n_layer=3, n_head=4, n_kv_head=2, n_embd=128, n_inner=192),
+    "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(GPT2, n_layer=48, n_head=25, n_embd=1600),
+    "llama3-8b": dict(LLAMA3, n_layer=32, n_head=32, n_embd=4096, n_inner=14336),
+    "llama3-70b": dict(LLAMA3, n_layer=80, n_head=64, n_embd=8192, n_inner=28672),
+    "llama3-405b": dict(LLAMA3, n_layer=126, n_head=128, n_embd=16384, n_inner=53248),
+    "qwen3-0.6b": dict(QWEN3, n_layer=28, n_head=16, n_embd=1024, n_inner=3072, tied=True),
+    "qwen3-1.7b": dict(QWEN3, n_layer=28, n_head=16, n_embd=2048, n_inner=6144, tied=True),
+    "qwen3-4b": dict(QWEN3, n_layer=36, n_head=32, n_embd=2560, n_inner=9728, tied=True),
+    "qwen3-8b": dict(QWEN3, n_layer=36, n_head=32, n_embd=4096, n_inner=12288),
+    "qwen3-14b": dict(QWEN3, n_layer=40, n_head=40, n_embd=5120, n_inner=17408),
+    "qwen3-32b": dict(QWEN3, n_layer=64, n_head=64, n_embd=5120, n_inner=25600),
+    "mixtral-8x7b": dict(
+        vocab_size=32000, seq_len=32768, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, norm_eps=1e-5,
+        rope_base=1_000_000.0, qk_norm=False, n_expert=8,
+    ),  # fmt: skip
+    "grok-1": dict(
+        GROK, vocab_size=131072, seq_len=8192, n_layer=64, n_head=48, n_kv_head=8, n_embd=6144, n_inner=32768,
+        embedding_scale=78.38367176906169, logit_scale=0.5773502691896257,
+    ),  # fmt: skip
 }
 
 
@@ -122,6 +165,16 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+def capped_attention(q, k, v, mask, dropout, is_causal, enable_gqa, cap: float) -> Tensor:
+    """scaled_dot_product_attention with scores squashed into (-cap, cap) before the mask (Gemma 2 and Grok-1)."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) / cap)
+    if is_causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
 class Attention(nn.Module):
     """Causal self-attention. Query head h uses key/value head h // (H / K) (GQA, Ainslie et al., 2023)."""
 
@@ -136,6 +189,8 @@ class Attention(nn.Module):
         self.query_norm = make_norm(config, D) if config.qk_norm else unchanged
         self.key_norm = make_norm(config, D) if config.qk_norm else unchanged
         self.rotate = rotate if config.position == "rope" else unchanged
+        cap = config.attention_cap
+        self.attend = partial(capped_attention, cap=cap) if cap else F.scaled_dot_product_attention
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -149,9 +204,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
             mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=cache is None, enable_gqa=self.grouped
-        )
+        dropout = self.dropout if self.training else 0.0
+        y = self.attend(q, k, v, mask, dropout, is_causal=cache is None, enable_gqa=self.grouped)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -180,18 +234,58 @@ class GatedMLP(MLP):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
+def make_mlp(config: GPTConfig) -> nn.Module:
+    return GatedMLP(config) if config.gated else MLP(config)
+
+
+class Experts(nn.Module):
+    """E MLPs, of which a router chooses a few for each token, so that work grows with the few (Shazeer et al., 2017). Two
+    losses keep the router healthy in training: one is least when all experts get equal shares of tokens and of
+    probability (Switch Transformer, Fedus et al., 2021), one keeps its logits near zero (ST-MoE, Zoph et al., 2022)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_active, self.renormalise = config.n_expert_active, config.renormalise
+        self.balance_weight, self.z_weight = config.balance_loss, config.router_z_loss
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = nn.ModuleList(make_mlp(config) for _ in range(config.n_expert))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)  # [N, C] with N = B T
+        with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
+            logits = F.linear(tokens.float(), self.router.weight.float())  # [N, E]
+        probabilities = logits.softmax(-1)
+        gates, chosen = probabilities.topk(self.n_active)  # [N, active]
+        if self.renormalise:
+            gates = gates / gates.sum(-1, keepdim=True)
+
+        by_expert = chosen.flatten().argsort(stable=True)  # the N * active visits, those of one expert together
+        visitors = by_expert // self.n_active
+        visits = chosen.flatten().bincount(minlength=len(self.experts))
+        parts = tokens[visitors].split(visits.tolist())
+        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        outputs = outputs * gates.flatten()[by_expert, None]
+
+        self.load = visits / visits.sum()  # [E]: each expert's share of the visits
+        balance = len(self.experts) * (self.load * probabilities.mean(0)).sum()
+        self.router_loss = self.balance_weight * balance + self.z_weight * logits.logsumexp(-1).square().mean()
+        return torch.zeros_like(tokens).index_add(0, visitors, outputs.to(tokens.dtype)).view_as(x)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attention_norm = make_norm(config, config.n_embd)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.n_embd)
-        self.mlp = (GatedMLP if config.gated else MLP)(config)
+        self.mlp = Experts(config) if config.n_expert else make_mlp(config)
+        self.attention_post_norm = make_norm(config, config.n_embd) if config.post_norm else unchanged
+        self.mlp_post_norm = make_norm(config, config.n_embd) if config.post_norm else unchanged
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), angles, cache))
-        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.dropout(self.attention_post_norm(self.attention(self.attention_norm(x), angles, cache)))
+        x = x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
         return x
 
 
@@ -222,31 +316,46 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits [B, T, V] of the token after each of `tokens` [B, T], or with `targets` [B, T] their mean
-        cross-entropy in nats. With a cache, `tokens` continue the sequence that it holds, and are added to it."""
+        cross-entropy in nats, in training with the routers' losses. With a cache, `tokens` continue the sequence that
+        it holds, and are added to it."""
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
         angles = rotary_angles(positions, self.config)
-        x = self.dropout(self.positions(self.embedding(tokens), positions))
+        x = self.dropout(self.positions(self.embedding(tokens) * self.config.embedding_scale, positions))
         for block in self.blocks:
             x = block(x, angles, cache)
-        logits = self.head(self.norm(x))
+        logits = self.head(self.norm(x)) * self.config.logit_scale
         if cache is not None:
             cache.length += tokens.size(1)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        router_losses = [module.router_loss for module in self.experts() if self.training]
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) + sum(router_losses)
+
+    def experts(self) -> list[Experts]:
+        """The blocks' experts, for what they tell of the last forward pass; none in a dense model."""
+        return [module for module in self.modules() if isinstance(module, Experts)]
 
     def n_params(self) -> int:
         """Number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def n_active_params(self) -> int:
+        """Number of parameters that one token meets: all but those of the experts it does not visit."""
+        idle = 0
+        for module in self.experts():
+            expert = sum(p.numel() for p in module.experts[0].parameters())
+            idle += (len(module.experts) - module.n_active) * expert
+        return self.n_params() - idle
+
     def flops_per_token(self) -> int:
         """Training FLOPs per token of a full sequence: 6 for each weight in a matrix product (2 forward, 4 backward),
         and 12 L H D S for attention (PaLM, appendix B). An embedding that is only looked up costs nothing."""
         c = self.config
-        embeddings = [m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding)]
+        looked_up = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        vectors = sum(p.numel() for p in self.parameters() if p.ndim == 1)
         head_again = c.tied * self.head.weight.numel()
-        matmul = sum(p.numel() for p in self.parameters() if p.ndim > 1) - sum(embeddings) + head_again
+        matmul = self.n_active_params() - looked_up - vectors + head_again
         return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len
 
 
@@ -296,13 +405,14 @@ def main() -> None:
     """Print what each preset comes to. Nothing is allocated: the models stand on the meta device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    print(f"{'preset':16}{'parameters':>16}{'FLOP/token':>18}{'cache bytes/token':>20}")
+    print(f"{'preset':14}{'parameters':>17}{'active':>17}{'FLOP/token':>20}{'cache bytes/token':>19}")
     for name, preset in PRESETS.items():
         config = GPTConfig(**{"vocab_size": 4096, **preset})
         with torch.device("meta"):
             model, cache = GPT(config), KVCache(config, 1, "meta", torch.bfloat16)
         cache_bytes = (cache.keys.nbytes + cache.values.nbytes) // config.seq_len
-        print(f"{name:16}{model.n_params():16,}{model.flops_per_token():18,}{cache_bytes:20,}")
+        counts = f"{model.n_params():17,}{model.n_active_params():17,}{model.flops_per_token():20,}{cache_bytes:19,}"
+        print(f"{name:14}{counts}")
 
 
 if __name__ == "__main__":

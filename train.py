@@ -33,9 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import model as models
 import prepare
-from model import GPT, GPTConfig, generate
+from model import GPT, PRESETS, GPTConfig, generate
 from prepare import fail
 
 DEFAULT_DATA = "data/stdlib"
@@ -89,10 +88,13 @@ class TrainConfig:
             )
 
 
-PRESETS: dict[str, dict] = {
+# How to train the presets of model.py; the published models all as nanoGPT trains GPT-2, by half a million tokens a step.
+PUBLISHED = dict(batch_tokens=491_520, micro_batch=1, steps=20_000, lr=6e-4, log_every=1)
+RECIPES: dict[str, dict] = {
     "toy": dict(),
+    "grok-toy": dict(),
     "shakespeare": dict(data="data/shakespeare", batch_tokens=8192, steps=1000),
-    "gpt2": dict(data="data/gpt2", batch_tokens=491_520, micro_batch=12, steps=20_000, lr=1e-3, log_every=1),
+    "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=12),
 }
 
 
@@ -121,7 +123,7 @@ def build_config(chosen: dict) -> TrainConfig:
     preset = chosen.get("preset", TrainConfig.preset)
     if preset not in PRESETS:
         raise ValueError(f"no preset is called {preset!r}: use {', '.join(PRESETS)}")
-    chosen = {**models.PRESETS[preset], **PRESETS[preset], **chosen}
+    chosen = {**PRESETS[preset], **RECIPES.get(preset, PUBLISHED), **chosen}
     if unknown := chosen.keys() - settings(TrainConfig).keys() - settings(GPTConfig).keys():
         raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: python train.py --help lists them all")
     shape = GPTConfig(**{name: chosen.pop(name) for name in settings(GPTConfig) if name in chosen})
@@ -442,7 +444,8 @@ class Metrics:
         self.file.flush()
         if self.board:
             for name, value in row.items():
-                self.board.add_scalar(name, value, row["step"])
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, row["step"])
 
 
 class Console:
@@ -641,6 +644,8 @@ def main() -> None:
             row = dict(step=step, loss=loss.item(), lr=lr_at(step - 1, config), grad_norm=grad_norm.item())
             row |= dict(seconds=now - started, tokens_per_second=speed)
             line = f"step {step:5,}/{config.steps:,}  loss {row['loss']:.4f}  {speed:9,.0f} tokens/s"
+            if experts := model.experts():
+                row["expert_load"] = [expert.load.tolist() for expert in experts]
             if peak_flops:
                 row["mfu"] = speed * model.flops_per_token() / peak_flops
                 line += f"  {row['mfu']:4.0%} of peak"
