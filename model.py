@@ -30,7 +30,7 @@ class GPTConfig:
 
     vocab_size: int | None = None  # number of token ids (default: the data set's)
     seq_len: int = 128  # longest sequence, in tokens
-    n_layer: int = 4  # number of blocks
+    n_layer: int = 2  # number of blocks
     n_head: int = 4  # query heads
     n_kv_head: int | None = None  # key/value heads, each shared by n_head / n_kv_head queries (default: n_head)
     n_embd: int = 128  # channels
@@ -90,9 +90,9 @@ GROK = dict(
 )  # fmt: skip
 
 PRESETS: dict[str, dict] = {
-    "toy": dict(),
-    "shakespeare": dict(seq_len=256, n_layer=6, n_head=4, n_embd=256, dropout=0.1),
-    "grok-toy": dict(GROK, n_layer=3, n_head=4, n_kv_head=2, n_embd=128, n_inner=192),
+    "toy": dict(n_kv_head=2),
+    "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
+    "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),

@@ -45,28 +45,28 @@ DEFAULT_DATA = "data/stdlib"
 
 @dataclass
 class TrainConfig:
-    preset: str = "toy"  # settings to begin with
+    preset: str = "toy"  # settings to begin with, listed below
     data: str = DEFAULT_DATA  # data set made by prepare.py
     out: str | None = None  # folder of the run (default: runs/PRESET-N, the first free N)
     init: str | None = None  # run or checkpoint whose weights to begin with
-    steps: int = 1000  # optimizer steps in the schedule
+    steps: int = 560  # optimizer steps in the schedule
     stop_at: int | None = None  # step to stop at, saved, with the schedule left alone (default: steps)
     batch_tokens: int = 4096  # tokens in one optimizer step
-    micro_batch: int = 32  # sequences in one forward and backward pass
+    micro_batch: int = 8  # sequences in one forward and backward pass
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for matrices in blocks, AdamW for the rest; or all AdamW
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 8e-3  # peak learning rate
     warmup: float = 0.02  # share of the steps in which the learning rate rises
     decay: float = 0.5  # share of the steps, at the end, in which it falls to zero
     weight_decay: float = 0.1  # decoupled weight decay of matrices
     grad_clip: float = 1.0  # largest norm of the gradient
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
-    compile: bool | None = None  # torch.compile (default: on accelerators)
+    compile: bool | None = None  # torch.compile (default: on CUDA)
     device: str | None = None  # cpu, cuda, mps, ... (default: the accelerator where there is one)
     seed: int = 1  # of the weights, the order of the data and dropout
-    eval_every: int = 250  # steps between evaluations
+    eval_every: int = 200  # steps between evaluations
     eval_tokens: int = 2**20  # most held-out tokens read by an evaluation
-    save_every: int = 250  # steps between checkpoints
-    log_every: int = 10  # steps between lines of progress
+    save_every: int = 200  # steps between checkpoints
+    log_every: int = 20  # steps between lines of progress
     keep: int = 2  # newest checkpoints kept, beside the best
     model: GPTConfig = field(default_factory=GPTConfig)
 
@@ -93,7 +93,7 @@ PUBLISHED = dict(batch_tokens=491_520, micro_batch=1, steps=20_000, lr=6e-4, log
 RECIPES: dict[str, dict] = {
     "toy": dict(),
     "grok-toy": dict(),
-    "shakespeare": dict(data="data/shakespeare", batch_tokens=8192, steps=1000),
+    "shakespeare": dict(data="data/shakespeare", batch_tokens=8192, steps=500, lr=4e-3),
     "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=12),
 }
 
@@ -110,6 +110,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
     for name, (hint, comment) in settings(cls).items():
         if isinstance(hint, types.UnionType):  # int | None: the flag takes an int
             hint = hint.__args__[0]
+        if (default := getattr(cls, name)) is not None:
+            comment += f" ({default})"
         if hint is bool:
             group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=comment)
         elif typing.get_origin(hint) is Literal:
@@ -138,9 +140,10 @@ def flatten(config: dict) -> dict:
 def parse_command_line() -> tuple[dict, bool]:
     """The settings given by flags and by --config's file, flat, and whether to resume."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+        usage="train.py [--preset NAME] [--SETTING VALUE ...] [--resume]", description=__doc__,
+        epilog=f"presets: {', '.join(PRESETS)}", formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out, or the newest")
     parser.add_argument("--config", metavar="FILE.json", help="settings from a file, such as a run's config.json")
     add_flags(parser, "training", TrainConfig)
@@ -347,20 +350,19 @@ def mark_best(run: Path, step: int, val_loss: float) -> None:
     prepare.write_json(run / "best.json", {**record, "val_loss": val_loss})
 
 
-def best_loss(run: Path) -> float:
+def read_best(run: Path) -> dict:
+    """What best.json says; nothing where it is missing or damaged."""
     try:
-        return json.loads((run / "best.json").read_text(encoding="utf-8"))["val_loss"]
-    except FileNotFoundError:
-        return math.inf
+        return dict(json.loads((run / "best.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
-    records = sorted(run.glob("step-*.json"))
-    best = run / "best.json"
-    kept = {json.loads(r.read_text(encoding="utf-8"))["file"] for r in [*records[-keep:], best] if r.exists()}
-    for record in records[:-keep]:
-        if (tensors := record.with_suffix(".pt")).name not in kept:
+    best = read_best(run).get("file")
+    for record in sorted(run.glob("step-*.json"))[:-keep]:
+        if (tensors := record.with_suffix(".pt")).name != best:
             record.unlink()
             tensors.unlink(missing_ok=True)
 
@@ -550,20 +552,24 @@ def main() -> None:
     # Build the model, or take it from a checkpoint. The plain model is kept beside the compiled one, to save and sample.
     torch.manual_seed(config.seed)
     model = GPT(config.model)
-    start_state = state if resume else load_checkpoint(config.init)[0] if config.init else None
-    if start_state:
-        check_same_data(start_state, meta, config, resume)
+    if state is None and config.init:
+        state = load_checkpoint(config.init)[0]
+    if state:
+        check_same_data(state, meta, config, resume)
         try:
-            model.load_state_dict(start_state["model"])
+            model.load_state_dict(state["model"])
         except RuntimeError as error:
             fail(f"the checkpoint does not fit the model asked for: {str(error).splitlines()[1].strip()}")
     model.to(device)
     optimizers = make_optimizers(model, config)
     step = 0
     if resume:
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        if len(state["optimizers"]) != len(optimizers):
+            fail(f"{run} was trained with another --optimizer than {config.optimizer}, whose state can't be taken over")
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
         step = state["step"]
+    del state
     trained = torch.compile(model) if compiling else model
 
     rows = config.batch_tokens // config.model.seq_len
@@ -598,7 +604,7 @@ def main() -> None:
         state = {
             "step": step,
             "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers],
             "config": asdict(config),
             "tokenizer": meta["tokenizer"],
             "data": [shard["sha256"] for shard in meta["train"]["shards"]],
@@ -611,8 +617,8 @@ def main() -> None:
     model.train()
     first_step, loop_started = step, time.monotonic()
     last_log, last_step = loop_started, step
-    val_loss = None
-    while step < stop_at and not signalled:
+    leaving = False
+    while not leaving:
         # step
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -654,7 +660,8 @@ def main() -> None:
             last_log, last_step = time.monotonic(), step
 
         # save
-        if step % config.save_every == 0 or leaving:
+        saving = step % config.save_every == 0 or leaving
+        if saving:
             save()
 
         # evaluate
@@ -663,8 +670,8 @@ def main() -> None:
             bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
             console.line(f"step {step:5,}/{config.steps:,}  val_loss {val_loss:.4f} +- {error:.4f}  {bits:.4f} bits per byte")
             metrics.write(step=step, val_loss=val_loss, val_loss_error=error, val_bits_per_byte=bits)
-            if val_loss < best_loss(run):
-                if step % config.save_every and not leaving:
+            if val_loss < read_best(run).get("val_loss", math.inf):
+                if not saving:
                     save()
                 mark_best(run, step, val_loss)
             last_log, last_step = time.monotonic(), step
