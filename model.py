@@ -122,10 +122,17 @@ def unchanged(x, *_):
     return x
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps), scaled (Zhang & Sennrich, 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # in one dtype, since torch has no fused code for two
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
     if config.norm == "layer":
         return nn.LayerNorm(size, config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(size, config.norm_eps)
+    return RMSNorm(size, config.norm_eps)
 
 
 def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -290,6 +297,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """Tokens in, for each of them the logits of the next one out."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -305,12 +314,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Nothing is said at first: the first prediction is uniform, a loss of ln V (with a tied head, about that)."""
+        """Each block begins as the identity, and no token is preferred: the first loss is ln V (tied, about ln V)."""
+        last = ("post_norm.weight",) if self.config.post_norm else (".out.weight", ".down.weight")
         for name, weight in self.named_parameters():
-            if weight.ndim == 1:  # norms begin as the identity, biases at nothing
-                weight.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif name.endswith(("attention.out.weight", "mlp.down.weight", "head.weight")):
-                weight.zero_()  # each block begins as the identity, and no token is preferred
+            if name.endswith(("bias", "head.weight", *last)):  # `last` ends what a block adds to its input
+                weight.zero_()
+            elif weight.ndim == 1:  # the other norms only normalise
+                weight.fill_(1.0)
             else:
                 weight.normal_(std=0.02)  # as in GPT-2; the norms make up for the scale
 

@@ -23,12 +23,14 @@ import heapq
 import io
 import json
 import os
+import shutil
 import sys
 import sysconfig
 import time
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Iterable, Iterator, NoReturn
@@ -48,6 +50,34 @@ def fail(message: str) -> NoReturn:
     """End the program because of something its user can mend: one sentence on stderr, exit status 2."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole or not there, for data sets and for checkpoints
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that gets its name when all of it is on disk; where anything fails it leaves no trace."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,10 +101,16 @@ def byte_tokenizer() -> tiktoken.Encoding:
     return make_tokenizer("byte", r"(?s:.{1,64})", BYTES)
 
 
-def published_tokenizer(name: str) -> tiktoken.Encoding:
-    """gpt2, cl100k_base, o200k_base, ...: what tiktoken knows by that name, fetched by it once and kept."""
+def named_tokenizer(name: str) -> tiktoken.Encoding | int:
+    """byte, or gpt2, cl100k_base, ... as tiktoken knows them and fetches them once; for bpe:N the N tokens to learn."""
+    kind, _, size = name.partition(":")
+    if name == "byte":
+        return byte_tokenizer()
+    if kind == "bpe" and size.isascii() and size.isdigit() and int(size) > len(BYTES) + 1:
+        return int(size)
     if name not in tiktoken.list_encoding_names():
-        fail(f"no tokenizer is called {name!r}: use byte, bpe:N, or one of {', '.join(tiktoken.list_encoding_names())}")
+        published = ", ".join(tiktoken.list_encoding_names())
+        fail(f"no tokenizer is called {name!r}: use byte, bpe:N with N above {len(BYTES) + 1}, or one of {published}")
     try:
         return tiktoken.get_encoding(name)
     except OSError:  # what requests raises without a network
@@ -190,13 +226,11 @@ def download(url: str, folder: Path) -> Path:
 
     path = folder / (Path(urllib.parse.urlparse(url).path).name or "download.txt")
     if not path.exists():
-        partial = path.with_name(path.name + ".partial")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(url, partial)
-            os.replace(partial, path)
+            with urllib.request.urlopen(url, timeout=60) as response, written_whole(path) as file:
+                shutil.copyfileobj(response, file)
         except (OSError, ValueError) as error:
-            partial.unlink(missing_ok=True)
             fail(f"could not fetch {url} ({error}): check the address and the network, or give a local file")
     return path
 
@@ -329,7 +363,8 @@ def split_pieces(files: list[Path], val_fraction: float, val_tail: bool, skipped
             for split, part_size in parts:
                 for text in read_pieces(stream, part_size):
                     yield split, text
-                yield split, None
+                if part_size:
+                    yield split, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,7 +383,7 @@ class ShardWriter:
     def write(self, tokens: np.ndarray) -> None:
         while len(tokens):
             if self.file is None:
-                self.file = open(self.folder / f"{self.split}-{len(self.shards):05d}.npy", "w+b")
+                self.file = open(self.folder / f"{self.split}-{len(self.shards):05d}.npy", "wb")
                 self.length = 0
                 self._write_header()
             part, tokens = np.split(tokens, [SHARD_TOKENS - self.length])
@@ -368,36 +403,27 @@ class ShardWriter:
             self._write_header()
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.file.seek(0)
-            digest = hashlib.file_digest(self.file, "sha256").hexdigest()
             self.file.close()
-            self.shards.append({"file": Path(self.file.name).name, "tokens": self.length, "sha256": digest})
+            path = Path(self.file.name)
+            self.shards.append({"file": path.name, "tokens": self.length, "sha256": sha256_of(path)})
             self.file = None
 
 
 def load_dataset(folder: str | Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
     """A data set's meta.json, and per split its memory-mapped shards. Ends the program where it is not whole."""
     folder = Path(folder)
-    again = f"prepare it again: python prepare.py --out {folder}"
+    shards = {split: [] for split in SPLITS}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        splits = {split: [(folder / shard["file"], shard) for shard in meta[split]["shards"]] for split in SPLITS}
-    except FileNotFoundError:
-        fail(f"there is no data set in {folder}: make one with python prepare.py FILES --out {folder}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{folder / 'meta.json'} is damaged ({error!r}): {again}")
-    shards = {}
-    for split, listed in splits.items():
-        shards[split] = []
-        for path, shard in listed:
-            try:
-                with open(path, "rb") as stream:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                fail(f"cannot read {path} ({error.strerror}): {again}")
-            if digest != shard["sha256"]:
-                fail(f"{path} is damaged, its SHA-256 is not the one in meta.json: {again}")
+        for split, shard in ((split, shard) for split in SPLITS for shard in meta[split]["shards"]):
+            path = folder / shard["file"]
+            if sha256_of(path) != shard["sha256"]:
+                raise ValueError(f"the SHA-256 of {path.name} is not the one in meta.json")
             shards[split].append(np.load(path, mmap_mode="r", allow_pickle=False))
+    except FileNotFoundError as error:
+        fail(f"there is no {error.filename}: make the data set with python prepare.py FILES --out {folder}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"the data set {folder} is damaged ({error}): remove it and prepare it again")
     return meta, shards
 
 
@@ -458,8 +484,9 @@ def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def write_shards(folder: Path, tokenizer: tiktoken.Encoding, pieces: Iterable[Piece], progress: Progress) -> dict:
+def write_shards(folder: Path, tokenizer: tiktoken.Encoding, pieces: Iterable[Piece], total_bytes: int) -> dict:
     """Encode all pieces on all cores (tiktoken works outside Python's lock), in order. Returns meta.json's splits."""
+    progress = Progress("encoding", total_bytes)
     dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
     writers = {split: ShardWriter(folder, split, dtype) for split in SPLITS}
     totals = {split: Counter(tokens=0, bytes=0, documents=0) for split in SPLITS}
@@ -492,17 +519,8 @@ def write_shards(folder: Path, tokenizer: tiktoken.Encoding, pieces: Iterable[Pi
             write_batch(future.result())
     for writer in writers.values():
         writer.close()
+    progress.finish()
     return {split: {**totals[split], "shards": writers[split].shards} for split in SPLITS}
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Written beside and renamed: the file is there whole, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def prepare(
@@ -516,10 +534,7 @@ def prepare(
         fail(f"{out} already holds a data set: remove it first, or choose another --out")
     if not 0 < val_fraction < 1:
         fail(f"--val_fraction {val_fraction} is not between 0 and 1")
-    kind, _, size = tokenizer.partition(":")
-    if kind == "bpe" and not (size.isascii() and size.isdigit() and int(size) > 257):
-        fail(f"--tokenizer {tokenizer}: write bpe:N with N above 257, the number of tokens to learn (bpe:4096, say)")
-    known_tokenizer = {"bpe": lambda: None, "byte": byte_tokenizer}.get(kind, lambda: published_tokenizer(tokenizer))()
+    encoding = named_tokenizer(tokenizer)
 
     skipped: Counter[str] = Counter()
     files = []
@@ -539,12 +554,9 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         for stale in [*out.glob("train-*.npy"), *out.glob("val-*.npy")]:  # of an interrupted preparation
             stale.unlink()
-        encoding = known_tokenizer or learn_tokenizer(
-            int(size), split_pieces(files, val_fraction, val_tail, Counter()), total_bytes
-        )
-        progress = Progress("encoding", total_bytes)
-        splits = write_shards(out, encoding, split_pieces(files, val_fraction, val_tail, skipped), progress)
-        progress.finish()
+        if isinstance(encoding, int):
+            encoding = learn_tokenizer(encoding, split_pieces(files, val_fraction, val_tail, Counter()), total_bytes)
+        splits = write_shards(out, encoding, split_pieces(files, val_fraction, val_tail, skipped), total_bytes)
         for what, count in skipped.most_common(20):
             print(f"skipped {what}" + (f" ({count:,})" if count > 1 else ""), file=sys.stderr)
         if len(skipped) > 20:

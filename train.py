@@ -11,8 +11,6 @@ Ctrl-C ends a run at the end of its step, saved. The step number is the only sta
 follow from the seed and the step, so a resumed run goes on bit for bit as if it had never stopped.
 """
 import argparse
-import contextlib
-import hashlib
 import inspect
 import json
 import math
@@ -327,19 +325,9 @@ def save_checkpoint(run: Path, step: int, state: dict, keep: int) -> None:
     """Write step-N.pt beside its final name, rename it, then write step-N.json, which makes it count. Prune last, so
     that at every instant the newest whole checkpoint is on disk."""
     path = run / f"step-{step:08d}.pt"
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        with open(partial, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, RuntimeError):
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
-    record = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    with prepare.written_whole(path) as file:
+        torch.save(state, file)
+    record = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": prepare.sha256_of(path)}
     prepare.write_json(path.with_suffix(".json"), record)
     prune(run, keep)
 
@@ -377,9 +365,8 @@ def read_checkpoint(record: Path) -> dict:
     try:
         named = json.loads(record.read_text(encoding="utf-8"))
         path = record.with_name(Path(named["file"]).name)
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != named["sha256"]:
-                raise Damaged(f"{path} does not match the SHA-256 in {record.name}")
+        if prepare.sha256_of(path) != named["sha256"]:
+            raise Damaged(f"{path} does not match the SHA-256 in {record.name}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Damaged:
         raise

@@ -77,6 +77,25 @@ def test_the_first_loss_is_that_of_a_uniform_guess(kind):
 
 
 @every_kind
+def test_each_block_begins_as_the_identity(kind):
+    model = GPT(GPTConfig(**KINDS[kind])).eval()
+    x = torch.randn(1, 24, 32)
+    assert torch.equal(model.blocks[0](x, rotary_angles(torch.arange(24), model.config), None), x)
+
+
+@every_kind
+def test_bfloat16_autocast_changes_logits_little(kind):
+    torch.manual_seed(0)
+    model, tokens = GPT(GPTConfig(**KINDS[kind])), random_tokens(2, 24)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    exact = model.eval()(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(tokens)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+@every_kind
 def test_one_batch_is_learned_by_heart(kind):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**KINDS[kind], "dropout": 0.0}))

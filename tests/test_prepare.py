@@ -265,7 +265,7 @@ def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
     ranks = prepare.BYTES | {i.to_bytes(3, "big"): i for i in range(256, 70_000)}
     tokenizer = prepare.make_tokenizer("wide", prepare.CHUNK_PATTERN, ranks)
     pieces = [("train", (69_999).to_bytes(3, "big").decode("latin-1")), ("train", None)]
-    splits = prepare.write_shards(tmp_path, tokenizer, pieces, prepare.Progress("", 1))
+    splits = prepare.write_shards(tmp_path, tokenizer, pieces, 3)
     tokens = np.load(tmp_path / splits["train"]["shards"][0]["file"])
     assert tokens.dtype == np.uint32 and tokens[-1] == tokenizer.eot_token == 70_000
 
@@ -281,7 +281,7 @@ def test_every_flipped_bit_of_a_shard_is_found(data, tmp_path, capsys):
         shard.write_bytes(damaged)
         with pytest.raises(SystemExit) as end:
             prepare.load_dataset(tmp_path)
-        assert end.value.code == 2 and "train-00000.npy is damaged" in capsys.readouterr().err
+        assert end.value.code == 2 and "SHA-256 of train-00000.npy" in capsys.readouterr().err
 
 
 def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, capsys):
@@ -296,7 +296,7 @@ def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, c
     process.wait()
     with pytest.raises(SystemExit):
         prepare.load_dataset(out)
-    assert "there is no data set" in capsys.readouterr().err
+    assert "meta.json: make the data set" in capsys.readouterr().err
     assert subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL).returncode == 0
     assert "".join(decoded(out, "train") + decoded(out, "val")) == words(1_500_000)
 

@@ -369,7 +369,7 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(run, refused):
 def test_a_damaged_shard_is_refused(refused, data, tmp_path):
     shutil.copytree(data, tmp_path / "set")
     damage(tmp_path / "set" / "train-00000.npy", "half")
-    assert "train-00000.npy is damaged" in refused(train, *TINY, "--data", "set")
+    assert "SHA-256 of train-00000.npy" in refused(train, *TINY, "--data", "set")
 
 
 def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path):
