@@ -311,9 +311,9 @@ def documents(path: Path, skipped: Counter[str]) -> Iterator[tuple[BinaryIO, int
         skipped[f"{path}: unreadable from some record on ({error})"] += 1
 
 
-# Where text may be cut so that its tokens stay the same: after a letter or digit, before one blank or newline and a
-# letter. Every published pattern starts a new chunk there. Searched from the end, hence (?r).
-CUT = regex.compile(r"(?r)[\p{L}\p{N}](?=[ \n]\p{L})")
+# Where text may be cut so that its tokens stay the same: between a letter or digit and white space, which no published
+# pattern has in one chunk. Searched from the end, hence (?r).
+CUT = regex.compile(r"(?r)[\p{L}\p{N}](?=\s)")
 
 
 def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:

@@ -63,8 +63,9 @@ def refused(call, capsys):
 
 @pytest.fixture
 def run(call, data, tmp_path) -> Path:
-    """A run of 20 steps with a checkpoint every 5."""
-    call(train, *TINY, "--data", data, "--out", "run", "--steps", 20, "--save_every", 5, "--eval_every", 10, "--keep", 3)
+    """A run of 20 steps with dropout and a checkpoint every 5."""
+    flags = [*TINY, "--dropout", 0.1, "--steps", 20, "--save_every", 5, "--eval_every", 10, "--keep", 3]
+    call(train, *flags, "--data", data, "--out", "run")
     return tmp_path / "run"
 
 
