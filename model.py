@@ -10,18 +10,19 @@
     dropout        0.1                           none
 
 Shapes are written in one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels of a head,
-S longest sequence, E experts, V vocabulary. A reader who wants only today's model can skip every line that names a switch.
+S longest sequence, E experts, V vocabulary. A reader who wants only today's model can skip each line with a switch.
 """
+
 import argparse
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Iterator, Literal
+from typing import Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -35,7 +36,7 @@ class GPTConfig:
     n_kv_head: int | None = None  # key/value heads, each shared by n_head / n_kv_head queries (default: n_head)
     n_embd: int = 128  # channels
     head_dim: int | None = None  # channels of a head (default: n_embd / n_head)
-    n_inner: int | None = None  # channels inside the MLP (default: 4 n_embd, gated 8/3 n_embd up to a multiple of 64)
+    n_inner: int | None = None  # channels inside the MLP (default: 4 n_embd; gated 8/3 n_embd, in multiples of 64)
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     norm_eps: float = 1e-6  # added to the variance in norms
     position: Literal["rope", "learned"] = "rope"  # rotary or learned positions
@@ -79,15 +80,29 @@ class GPTConfig:
 
 
 GPT2 = dict(
-    vocab_size=50257, seq_len=1024, norm="layer", norm_eps=1e-5, position="learned", qk_norm=False,
-    activation="gelu_tanh", gated=False, bias=True, tied=True,
-)  # fmt: skip
+    vocab_size=50257,
+    seq_len=1024,
+    norm="layer",
+    norm_eps=1e-5,
+    position="learned",
+    qk_norm=False,
+    activation="gelu_tanh",
+    gated=False,
+    bias=True,
+    tied=True,
+)
 LLAMA3 = dict(vocab_size=128256, seq_len=8192, n_kv_head=8, norm_eps=1e-5, rope_base=500_000.0, qk_norm=False)
 QWEN3 = dict(vocab_size=151936, seq_len=40960, n_kv_head=8, head_dim=128, rope_base=1_000_000.0)
 GROK = dict(
-    norm_eps=1e-5, qk_norm=False, activation="gelu_tanh", n_expert=8, renormalise=False, post_norm=True, attention_cap=30.0,
+    norm_eps=1e-5,
+    qk_norm=False,
+    activation="gelu_tanh",
+    n_expert=8,
+    renormalise=False,
+    post_norm=True,
+    attention_cap=30.0,
     tied=True,
-)  # fmt: skip
+)
 
 PRESETS: dict[str, dict] = {
     "toy": dict(n_kv_head=2),
@@ -107,13 +122,30 @@ PRESETS: dict[str, dict] = {
     "qwen3-14b": dict(QWEN3, n_layer=40, n_head=40, n_embd=5120, n_inner=17408),
     "qwen3-32b": dict(QWEN3, n_layer=64, n_head=64, n_embd=5120, n_inner=25600),
     "mixtral-8x7b": dict(
-        vocab_size=32000, seq_len=32768, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, norm_eps=1e-5,
-        rope_base=1_000_000.0, qk_norm=False, n_expert=8,
-    ),  # fmt: skip
+        vocab_size=32000,
+        seq_len=32768,
+        n_layer=32,
+        n_head=32,
+        n_kv_head=8,
+        n_embd=4096,
+        n_inner=14336,
+        norm_eps=1e-5,
+        rope_base=1_000_000.0,
+        qk_norm=False,
+        n_expert=8,
+    ),
     "grok-1": dict(
-        GROK, vocab_size=131072, seq_len=8192, n_layer=64, n_head=48, n_kv_head=8, n_embd=6144, n_inner=32768,
-        embedding_scale=78.38367176906169, logit_scale=0.5773502691896257,
-    ),  # fmt: skip
+        GROK,
+        vocab_size=131072,
+        seq_len=8192,
+        n_layer=64,
+        n_head=48,
+        n_kv_head=8,
+        n_embd=6144,
+        n_inner=32768,
+        embedding_scale=78.38367176906169,
+        logit_scale=0.5773502691896257,
+    ),
 }
 
 
@@ -246,9 +278,9 @@ def make_mlp(config: GPTConfig) -> nn.Module:
 
 
 class Experts(nn.Module):
-    """E MLPs, of which a router chooses a few for each token, so that work grows with the few (Shazeer et al., 2017). Two
-    losses keep the router healthy in training: one is least when all experts get equal shares of tokens and of
-    probability (Switch Transformer, Fedus et al., 2021), one keeps its logits near zero (ST-MoE, Zoph et al., 2022)."""
+    """E MLPs, of which a router chooses a few for each token: work grows with the few (Shazeer et al., 2017). In training
+    two losses keep the router healthy: one is least when all experts get equal shares of tokens and of probability
+    (Switch Transformer, Fedus et al., 2021), one keeps its logits near zero (ST-MoE, Zoph et al., 2022)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()

@@ -9,11 +9,12 @@ A data set is a folder:
 
     data/mine/train-00000.npy ...   one-dimensional token ids, uint16 where the vocabulary fits, else uint32
     data/mine/val-00000.npy ...     the same for held-out text
-    data/mine/meta.json             tokenizer, sizes, SHA-256 of each shard; written last: without it there is no data set
+    data/mine/meta.json             tokenizer, sizes, each shard's SHA-256; written last: without it, no data set
 
 Documents follow each other, each ended by the token <|endoftext|>. A document is a text file, or one record of a
 .jsonl, .jsonl.gz or .parquet file. Text is read as a stream, so memory stays small however large the input is.
 """
+
 import argparse
 import base64
 import codecs
@@ -29,11 +30,12 @@ import sysconfig
 import time
 import zlib
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Iterable, Iterator, NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import regex  # what tiktoken itself uses for \p{L}
@@ -241,7 +243,9 @@ def find_files(inputs: list[str], downloads: Path) -> list[Path]:
     for name in inputs:
         path = download(name, downloads) if name.startswith(("http://", "https://")) else Path(name)
         if path.is_dir():
-            visible = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            visible = (
+                p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)
+            )
             files += sorted(p for p in visible if p.is_file())
         elif path.exists():
             files.append(path)
@@ -415,11 +419,12 @@ def load_dataset(folder: str | Path) -> tuple[dict, dict[str, list[np.ndarray]]]
     shards = {split: [] for split in SPLITS}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for split, shard in ((split, shard) for split in SPLITS for shard in meta[split]["shards"]):
-            path = folder / shard["file"]
-            if sha256_of(path) != shard["sha256"]:
-                raise ValueError(f"the SHA-256 of {path.name} is not the one in meta.json")
-            shards[split].append(np.load(path, mmap_mode="r", allow_pickle=False))
+        for split in SPLITS:
+            for shard in meta[split]["shards"]:
+                path = folder / shard["file"]
+                if sha256_of(path) != shard["sha256"]:
+                    raise ValueError(f"the SHA-256 of {path.name} is not the one in meta.json")
+                shards[split].append(np.load(path, mmap_mode="r", allow_pickle=False))
     except FileNotFoundError as error:
         fail(f"there is no {error.filename}: make the data set with python prepare.py FILES --out {folder}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -524,7 +529,11 @@ def write_shards(folder: Path, tokenizer: tiktoken.Encoding, pieces: Iterable[Pi
 
 
 def prepare(
-    inputs: list[str], out: str | Path, tokenizer: str = "bpe:4096", val_fraction: float | None = None, val_tail: bool = False
+    inputs: list[str],
+    out: str | Path,
+    tokenizer: str = "bpe:4096",
+    val_fraction: float | None = None,
+    val_tail: bool = False,
 ) -> None:
     """Make the data set `out` from files, folders and URLs, or from the default corpus where none is named."""
     out = Path(out)
@@ -578,7 +587,8 @@ def prepare(
         tokens, n_bytes = splits[split]["tokens"], splits[split]["bytes"]
         print(
             f"{split:5} {splits[split]['documents']:9,} documents {n_bytes:13,} bytes {tokens:13,} tokens of"
-            f" {n_bytes / tokens:.2f} bytes", file=sys.stderr,
+            f" {n_bytes / tokens:.2f} bytes",
+            file=sys.stderr,
         )
     print(f"{out} is ready: vocabulary of {encoding.n_vocab:,} ({encoding.name})", file=sys.stderr)
 
@@ -587,9 +597,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="text file, folder, .jsonl[.gz], .parquet or URL")
     parser.add_argument("--out", help="the data set's folder (default: data/ and the first input's name)")
-    parser.add_argument("--tokenizer", default="bpe:4096", help="byte, bpe:N or a name that tiktoken knows (%(default)s)")
+    parser.add_argument("--tokenizer", default="bpe:4096", help="byte, bpe:N or a name of tiktoken's (%(default)s)")
     parser.add_argument("--val_fraction", type=float, help="share of text held out (0.01; 0.05 of the default corpus)")
-    parser.add_argument("--val_tail", action="store_true", help="hold out the end of each document, not whole documents")
+    parser.add_argument("--val_tail", action="store_true", help="hold out the end of each document")
     args = parser.parse_args()
     name = Path(args.inputs[0]).name.partition(".")[0] if args.inputs else "stdlib"
     prepare(args.inputs, args.out or Path("data", name), args.tokenizer, args.val_fraction, args.val_tail)

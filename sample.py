@@ -8,12 +8,13 @@
 The text ends with --tokens, with --stop, or where the model ends the document. A text that outgrows the model's context
 goes on with the newest half of it in view.
 """
+
 import argparse
 import codecs
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Iterator
 
 import tiktoken
 import torch
@@ -25,7 +26,7 @@ from train import choose_device, load_checkpoint, model_from, newest_run
 
 def parse_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", metavar="RUN|CHECKPOINT", help="a run's folder or a .json or .pt in it")
+    parser.add_argument("checkpoint", nargs="?", metavar="RUN|CHECKPOINT", help="a run, or a .json or .pt in it")
     parser.add_argument("--prompt", default="", help="text to go on from")
     parser.add_argument("--prompt_file", metavar="FILE", help="the same, from a file")
     parser.add_argument("--n", type=int, default=1, help="continuations (%(default)s)")

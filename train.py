@@ -1,6 +1,6 @@
 """Train a GPT.
 
-    python train.py                                             the toy preset on the default corpus, prepared if need be
+    python train.py                                             the toy preset on the default corpus
     python train.py --preset shakespeare --data data/shakespeare
     python train.py --n_layer 6 --lr 2e-3 --out runs/deeper     any setting over the preset's
     python train.py --config runs/toy-1/config.json --seed 2    the settings of an earlier run, but one
@@ -10,11 +10,11 @@ A run is a folder: config.json, metrics.jsonl, checkpoints, and TensorBoard's ev
 Ctrl-C ends a run at the end of its step, saved. The step number is the only state: the batch and the dropout of a step
 follow from the seed and the step, so a resumed run goes on bit for bit as if it had never stopped.
 """
+
 import argparse
 import inspect
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -24,7 +24,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class TrainConfig:
     stop_at: int | None = None  # step to stop at, saved, with the schedule left alone (default: steps)
     batch_tokens: int = 4096  # tokens in one optimizer step
     micro_batch: int = 8  # sequences in one forward and backward pass
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for matrices in blocks, AdamW for the rest; or all AdamW
+    optimizer: Literal["muon", "adamw"] = "muon"  # Muon for matrices in blocks and AdamW for the rest, or all AdamW
     lr: float = 8e-3  # peak learning rate
     warmup: float = 0.02  # share of the steps in which the learning rate rises
     decay: float = 0.5  # share of the steps, at the end, in which it falls to zero
@@ -69,13 +69,24 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self):
-        for name in ("steps", "batch_tokens", "micro_batch", "eval_every", "eval_tokens", "save_every", "log_every", "keep"):
+        for name in (
+            "steps",
+            "batch_tokens",
+            "micro_batch",
+            "eval_every",
+            "eval_tokens",
+            "save_every",
+            "log_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.stop_at is not None and not 0 < self.stop_at <= self.steps:
             raise ValueError(f"stop_at {self.stop_at} is not between 1 and steps {self.steps}")
         if min(self.warmup, self.decay) < 0 or self.warmup + self.decay > 1:
-            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are not shares that leave room for each other")
+            raise ValueError(
+                f"warmup {self.warmup} and decay {self.decay} are not shares that leave room for each other"
+            )
         unit = self.micro_batch * self.model.seq_len
         if self.batch_tokens % unit:
             below = self.batch_tokens // unit * unit
@@ -86,7 +97,7 @@ class TrainConfig:
             )
 
 
-# How to train the presets of model.py; the published models all as nanoGPT trains GPT-2, by half a million tokens a step.
+# How to train the presets of model.py: the published models by half a million tokens a step, as GPT-2 was.
 PUBLISHED = dict(batch_tokens=491_520, micro_batch=1, steps=20_000, lr=6e-4, log_every=1)
 RECIPES: dict[str, dict] = {
     "toy": dict(),
@@ -138,11 +149,16 @@ def flatten(config: dict) -> dict:
 def parse_command_line() -> tuple[dict, bool]:
     """The settings given by flags and by --config's file, flat, and whether to resume."""
     parser = argparse.ArgumentParser(
-        usage="train.py [--preset NAME] [--SETTING VALUE ...] [--resume]", description=__doc__,
-        epilog=f"presets: {', '.join(PRESETS)}", formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out, or the newest")
+        usage="train.py [--preset NAME] [--SETTING VALUE ...] [--resume]",
+        description=__doc__,
+        epilog=f"presets: {', '.join(PRESETS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--resume", action="store_true", default=False, help="go on with the run in --out, or the newest"
+    )
     parser.add_argument("--config", metavar="FILE.json", help="settings from a file, such as a run's config.json")
     add_flags(parser, "training", TrainConfig)
     add_flags(parser, "model", GPTConfig)
@@ -279,7 +295,9 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
             dict(params=[p for p in rest if p.ndim >= 2], weight_decay=config.weight_decay),
             dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
         ],
-        lr=config.lr, betas=(0.9, 0.95), fused=True,
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     if not in_muon:
         return [adamw]
@@ -493,7 +511,7 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]
 
 
 def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
-    """The data set's meta.json, and the windows of its two splits. Prepares the default data set where it is missing."""
+    """The data set's meta.json, and the windows of its two splits. Prepares the default data set where need be."""
     if config.data == DEFAULT_DATA and not Path(DEFAULT_DATA, "meta.json").exists():
         print(f"preparing the default corpus in {DEFAULT_DATA}, once", flush=True)
         prepare.prepare([], DEFAULT_DATA)
@@ -536,7 +554,7 @@ def main() -> None:
     compile_reason = "as set" if config.compile is not None else "pays on CUDA, only in long runs elsewhere"
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    # Build the model, or take it from a checkpoint. The plain model is kept beside the compiled one, to save and sample.
+    # Build the model, or take it from a checkpoint. The plain one stays beside the compiled one, to save and sample.
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     if state is None and config.init:
@@ -599,7 +617,9 @@ def main() -> None:
         try:
             save_checkpoint(run, step, state, config.keep)
         except (OSError, RuntimeError) as error:
-            fail(f"cannot save step {step} in {run} ({error}): the checkpoint before it is whole; make room and --resume")
+            fail(
+                f"cannot save step {step} in {run} ({error}): the checkpoint before it is whole; make room and --resume"
+            )
 
     model.train()
     first_step, loop_started = step, time.monotonic()
@@ -655,7 +675,9 @@ def main() -> None:
         if step % config.eval_every == 0 or step == stop_at:
             val_loss, error = evaluate(model, val_windows, config, device, autocast)
             bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
-            console.line(f"step {step:5,}/{config.steps:,}  val_loss {val_loss:.4f} +- {error:.4f}  {bits:.4f} bits per byte")
+            console.line(
+                f"step {step:5,}/{config.steps:,}  val_loss {val_loss:.4f} +- {error:.4f}  {bits:.4f} bits per byte"
+            )
             metrics.write(step=step, val_loss=val_loss, val_loss_error=error, val_bits_per_byte=bits)
             if val_loss < read_best(run).get("val_loss", math.inf):
                 if not saving:
@@ -673,7 +695,9 @@ def main() -> None:
     written = islice(generate(model, prompt, n_vocab=tokenizer.n_vocab), 200)
     text = b"".join(prepare.token_bytes(tokenizer, ids.item()) for ids in written).decode(errors="replace")
     print(f"\nwhat it writes:\n{text}\n")
-    print(f"val_loss {val_loss:.4f} nats per token, {bits:.4f} bits per byte, after {clock(time.monotonic() - started)}")
+    print(
+        f"val_loss {val_loss:.4f} nats per token, {bits:.4f} bits per byte, after {clock(time.monotonic() - started)}"
+    )
     print(f"the run lies in {run}")
     if stop_at < config.steps:
         print(f"to go on: {go_on}")

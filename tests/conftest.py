@@ -1,4 +1,5 @@
 """What several test files share: a small data set, a small run, and ways to call the scripts."""
+
 import os
 import random
 import signal
@@ -11,11 +12,46 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import prepare  # noqa: E402
-import train  # noqa: E402
+import prepare
+import train
 
-WORDS = "the a small model learns to write what it has read, one token after another; naïve café 你好 🙂\n".split(" ")
-TINY = "--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4".split()
+WORDS = [
+    "the",
+    "a",
+    "small",
+    "model",
+    "learns",
+    "to",
+    "write",
+    "what",
+    "it",
+    "has",
+    "read,",
+    "one",
+    "token",
+    "after",
+    "another;",
+    "naïve",
+    "café",
+    "你好",
+    "🙂\n",
+]
+TINY = [
+    "--n_layer",
+    "2",
+    "--n_head",
+    "2",
+    "--n_kv_head",
+    "1",
+    "--n_embd",
+    "32",
+    "--seq_len",
+    "16",
+    "--batch_tokens",
+    "128",
+    "--micro_batch",
+    "4",
+]
 
 
 def words(n: int, seed: int = 0) -> str:

@@ -1,4 +1,5 @@
 """model.py: the arithmetic of a GPT, each claim against something computed in another way."""
+
 import json
 import math
 from itertools import islice
@@ -141,18 +142,38 @@ def grok_golden() -> tuple[GPT, torch.Tensor, torch.Tensor]:
     golden = np.load(Path(__file__).with_name("grok1_tiny_a.npz"))
     c = json.loads(str(golden["config"]))
     shape = dict(
-        vocab_size=c["vocab_size"], seq_len=24, n_layer=c["n_layers"], n_head=c["n_q_heads"], n_kv_head=c["n_kv_heads"],
-        n_embd=c["d_model"], head_dim=c["key_size"], n_inner=c["d_ff"],
-    )  # fmt: skip
+        vocab_size=c["vocab_size"],
+        seq_len=24,
+        n_layer=c["n_layers"],
+        n_head=c["n_q_heads"],
+        n_kv_head=c["n_kv_heads"],
+        n_embd=c["d_model"],
+        head_dim=c["key_size"],
+        n_inner=c["d_ff"],
+    )
     model = GPT(GPTConfig(**{**models.PRESETS["grok-1"], **shape})).eval()
 
     def tensor(name):
         return torch.from_numpy(golden[name].astype(np.float32))
 
-    state = {"embedding.weight": tensor("embedding"), "head.weight": tensor("embedding"), "norm.weight": tensor("final_norm")}
-    norms = dict(attention_norm="attn_norm_in", attention_post_norm="attn_norm_out", mlp_norm="ffn_norm_in",
-                 mlp_post_norm="ffn_norm_out")  # fmt: skip
-    matrices = {"attention.query": "q", "attention.key": "k", "attention.value": "v", "attention.out": "o", "mlp.router": "router"}
+    state = {
+        "embedding.weight": tensor("embedding"),
+        "head.weight": tensor("embedding"),
+        "norm.weight": tensor("final_norm"),
+    }
+    norms = dict(
+        attention_norm="attn_norm_in",
+        attention_post_norm="attn_norm_out",
+        mlp_norm="ffn_norm_in",
+        mlp_post_norm="ffn_norm_out",
+    )
+    matrices = {
+        "attention.query": "q",
+        "attention.key": "k",
+        "attention.value": "v",
+        "attention.out": "o",
+        "mlp.router": "router",
+    }
     for i in range(c["n_layers"]):
         for ours, theirs in norms.items():
             state[f"blocks.{i}.{ours}.weight"] = tensor(f"layers.{i}.{theirs}")
@@ -208,7 +229,9 @@ def test_an_expert_that_no_token_visits_has_a_gradient_of_zero():
 
 
 def test_the_balance_loss_is_least_for_an_even_load():
-    config = GPTConfig(n_head=1, n_embd=4, n_inner=8, n_expert=4, n_expert_active=1, balance_loss=1.0, router_z_loss=0.0)
+    config = GPTConfig(
+        n_head=1, n_embd=4, n_inner=8, n_expert=4, n_expert_active=1, balance_loss=1.0, router_z_loss=0.0
+    )
     experts, losses = models.Experts(config), []
     tokens = torch.eye(4)[None]
     for router in (torch.eye(4), torch.eye(4)[:1].expand(4, 4) + torch.arange(4)[:, None]):

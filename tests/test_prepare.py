@@ -1,4 +1,5 @@
 """prepare.py: tokenizers, documents and shards."""
+
 import gzip
 import io
 import json
@@ -17,9 +18,9 @@ import pytest
 import regex
 import tiktoken
 import tiktoken_ext.openai_public
+from conftest import ROOT, shell, words
 
 import prepare
-from conftest import ROOT, shell, words
 
 TRAINED = prepare.make_tokenizer(
     "bpe:400", prepare.CHUNK_PATTERN, prepare.train_bpe(Counter(regex.findall(prepare.CHUNK_PATTERN, words(3000))), 399)
@@ -35,7 +36,27 @@ def decoded(folder: Path, split: str) -> list[str]:
 
 
 def fuzzed(rng: random.Random) -> str:
-    alphabet = ["a", "b", "Z", "é", "中", "🙂", "\0", "\n", "\r\n", " ", "  ", "\t", "7", "'s", "'", "_", "-", "…", "\u200d"]
+    alphabet = [
+        "a",
+        "b",
+        "Z",
+        "é",
+        "中",
+        "🙂",
+        "\0",
+        "\n",
+        "\r\n",
+        " ",
+        "  ",
+        "\t",
+        "7",
+        "'s",
+        "'",
+        "_",
+        "-",
+        "…",
+        "\u200d",
+    ]
     return "".join(rng.choices(alphabet, k=rng.randrange(200))) + chr(rng.randrange(0xE000, 0x10FFFF))
 
 
@@ -89,7 +110,7 @@ def test_bpe_learns_the_merges_of_a_naive_reference(seed):
 
 
 def test_bpe_learns_the_textbook_example():
-    """aaabdaaabac, with Z = aa, Y = ab and X = ZY (Gage, 1994); of the equally frequent aa and Za .. the smaller first."""
+    """aaabdaaabac, in which aa becomes a token first, and aaab later (Gage, 1994)."""
     learned = list(prepare.train_bpe(Counter({"aaabdaaabac": 1}), 300))[256:]
     assert learned[0] == b"aa" and b"aaab" in learned
 
@@ -173,10 +194,10 @@ def expected_order(texts: list[str]) -> list[str]:
 
 def test_parquet_gives_its_documents(call, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow to read parquet files")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     texts = [words(20, i) for i in range(30)]
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(30)}), tmp_path / "x.parquet")
+    parquet.write_table(pyarrow.table({"text": texts, "id": range(30)}), tmp_path / "x.parquet")
     call(prepare, "x.parquet", "--tokenizer", "byte", "--val_fraction", 0.3)
     assert sorted(decoded(Path("data/x"), "train") + decoded(Path("data/x"), "val")) == sorted(texts)
 
@@ -200,7 +221,7 @@ def test_val_tail_holds_out_the_end_of_the_text(call, tmp_path):
 
 
 def test_held_out_text_does_not_reach_the_tokenizer(call, tmp_path):
-    (tmp_path / "t.txt").write_text(words(2000)+ " xyzzy" * 200)
+    (tmp_path / "t.txt").write_text(words(2000) + " xyzzy" * 200)
     call(prepare, "t.txt", "--tokenizer", "bpe:500", "--val_tail", "--val_fraction", 0.1)
     meta, _ = prepare.load_dataset("data/t")
     assert not any(b"xyz" in token for token in prepare.tokenizer_from_dict(meta["tokenizer"]).token_byte_values())
@@ -218,7 +239,13 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
     (tmp_path / "in" / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
     call(prepare, "in", "--tokenizer", "byte", "--val_fraction", 0.2)
     printed = capsys.readouterr().err
-    for told in ("latin.txt: not UTF-8", "cut.txt: not UTF-8", "empty.txt: empty", "without usable text (6)", "torn.jsonl.gz"):
+    for told in (
+        "latin.txt: not UTF-8",
+        "cut.txt: not UTF-8",
+        "empty.txt: empty",
+        "without usable text (6)",
+        "torn.jsonl.gz",
+    ):
         assert told in printed
     documents = decoded(Path("data/in"), "train") + decoded(Path("data/in"), "val")
     assert set(documents) - {"x"} == {words(9, i) for i in range(30)}
@@ -308,8 +335,10 @@ def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, c
 def test_memory_stays_small_however_large_the_input(tmp_path):
     """Of 100 MB of text, one token a byte: reading it whole would take over 300 MB for text and tokens."""
     with open(tmp_path / "big.txt", "wb") as file:
-        for _ in range(100):
-            file.write(words(1000).encode()[:6000].ljust(6000).decode(errors="ignore").encode().ljust(6250) * 160)
+        file.writelines(
+            words(1000).encode()[:6000].ljust(6000).decode(errors="ignore").encode().ljust(6250) * 160
+            for _ in range(100)
+        )
     measure = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -331,7 +360,9 @@ def test_the_default_corpus_is_the_standard_library():
     assert not any(f"/{part}/" in name for name in names for part in ("test", "site-packages", "idlelib"))
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="set TIKTOKEN_CACHE_DIR to where tiktoken keeps gpt2")
+@pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ, reason="set TIKTOKEN_CACHE_DIR to where tiktoken keeps gpt2"
+)
 def test_gpt2_text_has_the_ids_that_openai_published(call, tmp_path):
     (tmp_path / "t.txt").write_text("Hello world")
     call(prepare, "t.txt", "--tokenizer", "gpt2", "--val_fraction", 0.5)

@@ -1,12 +1,13 @@
 """sample.py: from a checkpoint to characters on a terminal."""
+
 import random
 from argparse import Namespace
 
 import pytest
+from conftest import ROOT, environment, shell, words
 
 import prepare
 import sample
-from conftest import ROOT, environment, shell, words
 
 BYTE = prepare.byte_tokenizer()
 
@@ -98,7 +99,13 @@ def test_interactive_answers_each_prompt_until_an_empty_line(run):
 def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
     (tmp_path / "p.txt").write_bytes("café ".encode())
     done = shell(
-        "sample.py", run, "--prompt_file", "p.txt", "--tokens", 3, cwd=tmp_path,
+        "sample.py",
+        run,
+        "--prompt_file",
+        "p.txt",
+        "--tokens",
+        3,
+        cwd=tmp_path,
         env=environment(LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
     )
     assert done.returncode == 0 and done.stdout.startswith("café ")

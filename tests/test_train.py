@@ -1,4 +1,5 @@
 """train.py: batches, schedule, evaluation, checkpoints, and the command line."""
+
 import dataclasses
 import json
 import math
@@ -15,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, shell, words
 
 import prepare
 import train
-from conftest import ROOT, TINY, shell, words
 from model import GPT, GPTConfig
 
 
@@ -92,8 +93,22 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
 
 def test_accumulated_micro_batches_equal_one_batch(call, data, tmp_path):
     for micro in (1, 8):
-        call(train, *TINY, "--data", data, "--out", f"m{micro}", "--steps", 5, "--micro_batch", micro, "--dtype", "float32",
-             "--lr", 1e-3)  # fmt: skip
+        call(
+            train,
+            *TINY,
+            "--data",
+            data,
+            "--out",
+            f"m{micro}",
+            "--steps",
+            5,
+            "--micro_batch",
+            micro,
+            "--dtype",
+            "float32",
+            "--lr",
+            1e-3,
+        )
     one, eight = state_of(tmp_path / "m1", 5)["model"], state_of(tmp_path / "m8", 5)["model"]
     for name in one:
         torch.testing.assert_close(one[name], eight[name], atol=2e-3, rtol=0)  # Muon's products are in bfloat16
@@ -202,13 +217,41 @@ def test_a_signal_between_steps_is_not_lost(call, data, tmp_path, monkeypatch):
 
 
 def test_init_begins_with_the_weights_of_a_run_and_a_new_schedule(run, call, data, tmp_path):
-    call(train, "--init", run, "--data", data, "--out", "tuned", "--steps", 1, "--lr", 0, "--batch_tokens", 64,
-         "--micro_batch", 4)  # fmt: skip
+    call(
+        train,
+        "--init",
+        run,
+        "--data",
+        data,
+        "--out",
+        "tuned",
+        "--steps",
+        1,
+        "--lr",
+        0,
+        "--batch_tokens",
+        64,
+        "--micro_batch",
+        4,
+    )
     assert rows(tmp_path / "tuned", "val_loss")[1] == pytest.approx(rows(run, "val_loss")[20], abs=1e-6)
 
 
 def test_ctrl_c_saves_at_the_end_of_the_step_and_says_how_to_go_on(data, tmp_path):
-    command = [sys.executable, "-u", ROOT / "train.py", *TINY, "--data", data, "--out", "r", "--steps", 10**6, "--log_every", 1]
+    command = [
+        sys.executable,
+        "-u",
+        ROOT / "train.py",
+        *TINY,
+        "--data",
+        data,
+        "--out",
+        "r",
+        "--steps",
+        10**6,
+        "--log_every",
+        1,
+    ]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step     5/"):
@@ -264,7 +307,9 @@ def test_a_damaged_best_json_is_replaced_and_harms_nothing(run, call):
     assert train.load_checkpoint(run / "best.json")[0]["step"] == 30
 
 
-@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b'{"file": 5}', b"\xff", b'{"file": "nowhere.pt", "sha256": ""}'])
+@pytest.mark.parametrize(
+    "record", [b"", b"[]", b"{}", b'{"file": 5}', b"\xff", b'{"file": "nowhere.pt", "sha256": ""}']
+)
 def test_a_damaged_json_makes_a_checkpoint_not_exist(run, capsys, record):
     (run / "step-00000020.json").write_bytes(record)
     assert train.load_checkpoint(run)[0]["step"] == 15
@@ -376,7 +421,9 @@ def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path
     for name, seed, tokenizer in (("other", 3, "byte"), ("bpe", 0, "bpe:300")):
         (tmp_path / f"{name}.txt").write_text(words(3000, seed))
         call(prepare, f"{name}.txt", "--tokenizer", tokenizer)
-    assert "not the data set that this run began with" in refused(train, "--out", run, "--resume", "--data", "data/other")
+    assert "not the data set that this run began with" in refused(
+        train, "--out", run, "--resume", "--data", "data/other"
+    )
     assert "not with the tokenizer" in refused(train, "--init", run, "--data", "data/bpe", "--vocab_size", 300)
 
 
