@@ -11,14 +11,21 @@
 
 Shapes are written in one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels of a head,
 S longest sequence, E experts, V vocabulary. A reader who wants only today's model can skip each line with a switch.
+
+    python model.py                             what each preset costs
+    python model.py --export DIR runs/toy-1     a run's model for transformers, and for all that reads its format
 """
 
 import argparse
+import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +73,9 @@ class GPTConfig:
             self.n_kv_head = self.n_head
         if self.n_inner is None:
             self.n_inner = math.ceil(8 * self.n_embd / 3 / 64) * 64 if self.gated else 4 * self.n_embd
+        for name in ("norm", "position", "activation"):
+            if getattr(self, name) not in (legal := get_args(self.__annotations__[name])):
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(legal)}")
         for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
@@ -192,8 +202,8 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu", dtype=torch.float32):
         shape = (config.n_layer, batch_size, config.n_kv_head, config.seq_len, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # takes up memory as it fills
+        self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled; GPT.forward moves it on when all layers have appended
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -443,10 +453,289 @@ def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **how) -> I
         tokens = window
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of published models, in and out: folders in the layout of Hugging Face's transformers, which most tools read
+
+
+@dataclass
+class Family:
+    """How an architecture in transformers says what we say."""
+
+    architecture: str  # its class
+    base: dict  # our settings where its config.json is silent
+    settings: dict[str, str]  # our setting: its name in config.json, or several
+    modules: dict[str, str]  # our module: theirs, with * for the number of a layer or an expert
+    required: dict  # what its config.json must say where it says it, since there is no switch for it here
+    transposed: bool = False  # matrices in blocks are stored [in, out]
+
+
+LLAMA_SETTINGS = dict(
+    vocab_size="vocab_size",
+    seq_len="max_position_embeddings",
+    n_layer="num_hidden_layers",
+    n_head="num_attention_heads",
+    n_kv_head="num_key_value_heads",
+    n_embd="hidden_size",
+    head_dim="head_dim",
+    n_inner="intermediate_size",
+    norm_eps="rms_norm_eps",
+    rope_base="rope_theta",
+    activation="hidden_act",
+    tied="tie_word_embeddings",
+)
+LLAMA_MODULES = {
+    "embedding": "model.embed_tokens",
+    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
+    "blocks.*.attention.query": "model.layers.*.self_attn.q_proj",
+    "blocks.*.attention.key": "model.layers.*.self_attn.k_proj",
+    "blocks.*.attention.value": "model.layers.*.self_attn.v_proj",
+    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
+    "blocks.*.attention.query_norm": "model.layers.*.self_attn.q_norm",
+    "blocks.*.attention.key_norm": "model.layers.*.self_attn.k_norm",
+    "blocks.*.mlp_norm": "model.layers.*.post_attention_layernorm",
+    "blocks.*.mlp.gate": "model.layers.*.mlp.gate_proj",
+    "blocks.*.mlp.up": "model.layers.*.mlp.up_proj",
+    "blocks.*.mlp.down": "model.layers.*.mlp.down_proj",
+    "blocks.*.mlp.router": "model.layers.*.mlp.gate",
+    "blocks.*.mlp.experts.*.gate": "model.layers.*.mlp.experts.*.gate_proj",
+    "blocks.*.mlp.experts.*.up": "model.layers.*.mlp.experts.*.up_proj",
+    "blocks.*.mlp.experts.*.down": "model.layers.*.mlp.experts.*.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+LLAMA_REQUIRED = {"rope_type": "default", "type": "default", "sliding_window": None, "use_sliding_window": False}
+
+FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense ones first
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        base=GPT2,
+        settings=dict(
+            vocab_size="vocab_size",
+            seq_len="n_positions",
+            n_layer="n_layer",
+            n_head="n_head",
+            n_embd="n_embd",
+            n_inner="n_inner",
+            norm_eps="layer_norm_epsilon",
+            activation="activation_function",
+            tied="tie_word_embeddings",
+        ),
+        modules={
+            "embedding": "transformer.wte",
+            "positions": "transformer.wpe",
+            "blocks.*.attention_norm": "transformer.h.*.ln_1",
+            "blocks.*.attention.query": "transformer.h.*.attn.c_attn",  # the three are stacked in one
+            "blocks.*.attention.key": "transformer.h.*.attn.c_attn",
+            "blocks.*.attention.value": "transformer.h.*.attn.c_attn",
+            "blocks.*.attention.out": "transformer.h.*.attn.c_proj",
+            "blocks.*.mlp_norm": "transformer.h.*.ln_2",
+            "blocks.*.mlp.up": "transformer.h.*.mlp.c_fc",
+            "blocks.*.mlp.down": "transformer.h.*.mlp.c_proj",
+            "norm": "transformer.ln_f",
+            "head": "lm_head",
+        },
+        required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        transposed=True,
+    ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        base=dict(qk_norm=False),
+        settings=dict(LLAMA_SETTINGS, bias="attention_bias mlp_bias"),
+        modules=LLAMA_MODULES,
+        required=LLAMA_REQUIRED,
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", {}, LLAMA_SETTINGS, LLAMA_MODULES, LLAMA_REQUIRED),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        base=dict(renormalise=False),
+        settings=dict(
+            LLAMA_SETTINGS,
+            n_inner="moe_intermediate_size",
+            n_expert="num_experts num_local_experts",
+            n_expert_active="num_experts_per_tok",
+            renormalise="norm_topk_prob",
+        ),
+        modules=LLAMA_MODULES,
+        required=LLAMA_REQUIRED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        base=dict(qk_norm=False, n_expert=8),
+        settings=dict(LLAMA_SETTINGS, n_expert="num_local_experts", n_expert_active="num_experts_per_tok"),
+        modules=LLAMA_MODULES
+        | {
+            "blocks.*.mlp.router": "model.layers.*.block_sparse_moe.gate",
+            "blocks.*.mlp.experts.*.gate": "model.layers.*.block_sparse_moe.experts.*.w1",
+            "blocks.*.mlp.experts.*.up": "model.layers.*.block_sparse_moe.experts.*.w3",
+            "blocks.*.mlp.experts.*.down": "model.layers.*.block_sparse_moe.experts.*.w2",
+        },
+        required=LLAMA_REQUIRED,
+    ),
+}
+THEIR_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+NOT_WEIGHTS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # masks and angles, in older files
+ONLY_IN_TRAINING = ("dropout", "balance_loss", "router_z_loss")  # settings that change nothing of what a model computes
+
+
+def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
+    """The model without memory for its weights. Raises ValueError for more layers than a file of `n_tensors` backs."""
+    if config.n_layer * (config.n_expert or 1) > n_tensors:
+        raise ValueError(f"{config.n_layer} layers can't be filled from {n_tensors} tensors")
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def model_with(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+    """The model with the tensors of `state` as its weights, not copied, in whatever dtype they are."""
+    model = meta_model(config, len(state))
+    model.load_state_dict(state, assign=True)
+    if config.tied:
+        model.head.weight = model.embedding.weight
+    return model
+
+
+def layout(family: Family, model: GPT) -> dict[str, list[str]]:
+    """{name of a tensor in their file: the parameters of ours that are stacked in it}"""
+    names = defaultdict(list)
+    for name, _ in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        theirs = family.modules[re.sub(r"\d+", "*", module)]
+        for number in re.findall(r"\d+", module):
+            theirs = theirs.replace("*", number, 1)
+        names[f"{theirs}.{kind}"].append(name)
+    return names
+
+
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors or pytorch_model.bin, or of the parts that their index names. The files are
+    mapped into memory, not read: a tensor costs memory when it is used. Nothing in them is executed."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        paths = [folder / name]
+        if (index := folder / f"{name}.index.json").exists():
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            paths = sorted({folder / Path(part).name for part in parts})
+        if not paths[0].exists():
+            continue
+        if name == "pytorch_model.bin":
+            files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
+        else:
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise ValueError(f"{paths[0]} needs safetensors: pip install safetensors") from None
+            files = [load_file(path) for path in paths]
+        return {name: tensor for file in files for name, tensor in file.items()}
+    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config and, by our names, the weights of a model in Hugging Face's layout. Raises ValueError where it is not
+    one of FAMILIES, and where a tensor is missing, left over or of another shape."""
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for nested in ("rope_parameters", "rope_scaling"):  # where newer and older files keep the rotary settings
+        theirs |= theirs.get(nested) or {}
+    family = FAMILIES.get(theirs["model_type"])
+    if family is None:
+        raise ValueError(f"{folder} holds a {theirs['model_type']!r}, none of {', '.join(FAMILIES)}")
+    for name, value in family.required.items():
+        if theirs.get(name, value) != value:
+            raise ValueError(f"the {name} of {folder} is {theirs[name]!r}, for which there is no switch here")
+    chosen = dict(family.base)
+    for ours, names in family.settings.items():
+        for name in names.split():
+            if theirs.get(name) is not None:
+                chosen[ours] = theirs[name]
+    chosen["activation"] = THEIR_GELU.get(chosen["activation"], chosen["activation"])
+    config = GPTConfig(**chosen)
+
+    tensors = {name: tensor for name, tensor in open_tensors(folder).items() if not NOT_WEIGHTS.fullmatch(name)}
+    if "wte.weight" in tensors:  # GPT-2 as OpenAI's files have it, without its head
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    if config.tied:
+        tensors.pop("lm_head.weight", None)  # some files hold it a second time
+    model = meta_model(config, len(tensors))
+    names = layout(family, model)
+    for which, difference in (("misses", names.keys() - tensors.keys()), ("also holds", tensors.keys() - names.keys())):
+        if difference:
+            raise ValueError(f"{folder} {which} {min(difference)} and {len(difference) - 1} other tensors")
+    state = {}
+    for theirs_name, ours_names in names.items():
+        tensor = tensors.pop(theirs_name)
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{theirs_name} in {folder} is of {tensor.dtype}, not of plain floating-point numbers")
+        if family.transposed and tensor.ndim == 2 and ours_names[0].startswith("blocks"):
+            tensor = tensor.T.contiguous()
+        for ours, part in zip(ours_names, tensor.chunk(len(ours_names))):
+            shape = model.get_parameter(ours).shape
+            if part.shape != shape:
+                raise ValueError(f"{theirs_name} in {folder} fills {ours} by {list(part.shape)}, not {list(shape)}")
+            state[ours] = part
+    if config.tied:
+        state["head.weight"] = state["embedding.weight"]
+    return config, state
+
+
+def no_counterpart(config: GPTConfig, family: Family) -> list[str]:
+    """The settings of `config` that the family cannot express."""
+    said = {name: getattr(config, name) for name in (*family.settings, *ONLY_IN_TRAINING)}
+    same = GPTConfig(**{**family.base, **said})
+    return [f.name for f in fields(GPTConfig) if getattr(same, f.name) != getattr(config, f.name)]
+
+
+def save_published(folder: Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors as the family that can express `config` has them. Raises ValueError where
+    none can. The inverse of load_published."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("writing model.safetensors needs safetensors: pip install safetensors") from None
+    model_type = min(FAMILIES, key=lambda name: len(no_counterpart(config, FAMILIES[name])))
+    family = FAMILIES[model_type]
+    if lacking := no_counterpart(config, family):
+        which = ", ".join(f"{name} {getattr(config, name)}" for name in lacking)
+        raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {which}")
+    theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32"}
+    for ours, names in family.settings.items():
+        value = "gelu_new" if getattr(config, ours) == "gelu_tanh" else getattr(config, ours)
+        theirs |= dict.fromkeys(names.split(), value)
+    tensors = {}
+    for theirs_name, ours_names in layout(family, model_with(config, state)).items():
+        tensor = torch.cat([state[name] for name in ours_names])
+        if family.transposed and tensor.ndim == 2 and ours_names[0].startswith("blocks"):
+            tensor = tensor.T
+        tensors[theirs_name] = tensor.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(theirs, indent=1), encoding="utf-8")
+
+
+def export(folder: Path, run: Path) -> None:
+    """Write the newest checkpoint of a run as a published model with its tokenizer."""
+    from prepare import fail, save_published_tokenizer, tokenizer_from_dict  # they build on this file, so not above
+    from train import load_checkpoint
+
+    if folder.exists() and any(folder.iterdir()):
+        fail(f"{folder} is not empty: choose another folder to export to")
+    state, record = load_checkpoint(run)
+    try:
+        save_published(folder, GPTConfig(**state["config"]["model"]), state["model"])
+        save_published_tokenizer(folder, tokenizer_from_dict(state["tokenizer"]))
+    except (ValueError, OSError) as error:
+        fail(f"cannot export {record.with_suffix('')}: {error}")
+    print(
+        f"{folder} holds step {state['step']} of {record.parent} as {', '.join(p.name for p in sorted(folder.iterdir()))}"
+    )
+
+
 def main() -> None:
     """Print what each preset comes to. Nothing is allocated: the models stand on the meta device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument(
+        "--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write a run's model for other tools"
+    )
+    args = parser.parse_args()
+    if args.export:
+        return export(*args.export)
     print(f"{'preset':14}{'parameters':>17}{'active':>17}{'FLOP/token':>20}{'cache bytes/token':>19}")
     for name, preset in PRESETS.items():
         config = GPTConfig(**{"vocab_size": 4096, **preset})

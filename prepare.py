@@ -91,6 +91,7 @@ CHUNK_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
     r"""|\s+(?!\S)|\s"""
 )
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
 
@@ -104,15 +105,20 @@ def byte_tokenizer() -> tiktoken.Encoding:
 
 
 def named_tokenizer(name: str) -> tiktoken.Encoding | int:
-    """byte, or gpt2, cl100k_base, ... as tiktoken knows them and fetches them once; for bpe:N the N tokens to learn."""
+    """byte; gpt2, cl100k_base, ... as tiktoken knows them and fetches them once; that of a published model's folder; for
+    bpe:N the N tokens to learn."""
     kind, _, size = name.partition(":")
     if name == "byte":
         return byte_tokenizer()
     if kind == "bpe" and size.isascii() and size.isdigit() and int(size) > len(BYTES) + 1:
         return int(size)
+    if Path(name).is_dir():
+        return load_published_tokenizer(Path(name))
     if name not in tiktoken.list_encoding_names():
         published = ", ".join(tiktoken.list_encoding_names())
-        fail(f"no tokenizer is called {name!r}: use byte, bpe:N with N above {len(BYTES) + 1}, or one of {published}")
+        fail(
+            f"no tokenizer is called {name!r}: use byte, bpe:N with N above {len(BYTES) + 1}, a published model's folder, or one of {published}"
+        )
     try:
         return tiktoken.get_encoding(name)
     except OSError:  # what requests raises without a network
@@ -194,6 +200,71 @@ def tokenizer_from_dict(plain: dict) -> tiktoken.Encoding:
         pat_str=plain["pattern"],
         mergeable_ranks={base64.b64decode(token): rank for token, rank in plain["ranks"].items()},
         special_tokens=plain["special_tokens"],
+    )
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in tokenizer.json: itself where it is printable, else one above 255."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding) -> None:
+    """Write tokenizer.json and tokenizer_config.json, from which Hugging Face's libraries make the same ids."""
+    letters = byte_letters()
+    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer._mergeable_ranks.items()}
+    # tiktoken joins two neighbours whenever they spell a token, so each way to split a token is a merge.
+    splits = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
+    merges = [pair for pair in splits if vocab.keys() >= set(pair)]
+    # Oniguruma, which reads the pattern there, takes {1,3}+ for a repetition and $ for the end of a line.
+    pattern = tokenizer._pat_str.replace("}+", "}").replace("$", r"\z")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    plain = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": token, "content": text, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for text, token in tokenizer._special_tokens.items()
+        ],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level] if merges else [byte_level]},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    write_json(folder / "tokenizer.json", plain)
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    write_json(folder / "tokenizer_config.json", names)
+
+
+def load_published_tokenizer(folder: Path) -> tiktoken.Encoding:
+    """The tokenizer in a published model's folder. Ends the program where there is none that tiktoken could do."""
+    try:
+        return tokenizer_from_published(folder / "tokenizer.json")
+    except OSError as error:
+        fail(f"cannot read {error.filename}: {error.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"cannot use the tokenizer in {folder}: {error}")
+
+
+def tokenizer_from_published(path: Path) -> tiktoken.Encoding:
+    """The tokenizer of a tokenizer.json. Raises ValueError where it is not byte-level BPE."""
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    steps = plain["pre_tokenizer"].get("pretokenizers", [plain["pre_tokenizer"]]) if plain["pre_tokenizer"] else []
+    if plain["model"]["type"] != "BPE" or "ByteLevel" not in [step["type"] for step in steps]:
+        raise ValueError(f"{path} is not byte-level BPE, the one kind of tokenizer that can be taken over")
+    patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
+    special = {token["content"]: token["id"] for token in plain["added_tokens"]}
+    ends = [name for name in (END_OF_TEXT, "<|end_of_text|>") if name in special]  # GPT-2's and Qwen's, Llama-3's
+    if not ends:
+        raise ValueError(f"{path} has no token that ends a document")
+    vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special}
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    return tiktoken.Encoding(
+        path.parent.name,
+        pat_str=patterns[0] if patterns else GPT2_PATTERN,
+        mergeable_ranks={bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()},
+        special_tokens={END_OF_TEXT: special.pop(ends[0]), **special},
     )
 
 
@@ -597,7 +668,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="text file, folder, .jsonl[.gz], .parquet or URL")
     parser.add_argument("--out", help="the data set's folder (default: data/ and the first input's name)")
-    parser.add_argument("--tokenizer", default="bpe:4096", help="byte, bpe:N or a name of tiktoken's (%(default)s)")
+    parser.add_argument(
+        "--tokenizer",
+        default="bpe:4096",
+        help="byte, bpe:N, a name of tiktoken's, or a published model's folder (%(default)s)",
+    )
     parser.add_argument("--val_fraction", type=float, help="share of text held out (0.01; 0.05 of the default corpus)")
     parser.add_argument("--val_tail", action="store_true", help="hold out the end of each document")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
     python sample.py                                         the newest run goes on from an empty document
     python sample.py runs/toy-1 --prompt 'def ' --n 3        a run, a beginning, three continuations of it
     python sample.py runs/toy-1/best.json --temperature 0    a checkpoint, its likeliest text, always the same
+    python sample.py downloads/Qwen3-0.6B --prompt 'Once '   published weights, in Hugging Face's layout
     python sample.py --interactive                           a prompt at a time, until an empty line
 
 The text ends with --tokens, with --stop, or where the model ends the document. A text that outgrows the model's context
@@ -19,14 +20,14 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import GPT, generate
+from model import GPT, GPTConfig, generate, model_with
 from prepare import encode, fail, token_bytes, tokenizer_from_dict
-from train import choose_device, load_checkpoint, model_from, newest_run
+from train import choose_device, load_weights, newest_run
 
 
 def parse_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", metavar="RUN|CHECKPOINT", help="a run, or a .json or .pt in it")
+    parser.add_argument("source", nargs="?", help="a run, a .json or .pt in it, or a folder of published weights")
     parser.add_argument("--prompt", default="", help="text to go on from")
     parser.add_argument("--prompt_file", metavar="FILE", help="the same, from a file")
     parser.add_argument("--n", type=int, default=1, help="continuations (%(default)s)")
@@ -120,13 +121,13 @@ def main() -> None:
             args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             fail(f"cannot read --prompt_file {args.prompt_file}: {error}")
-    state, record = load_checkpoint(args.checkpoint or newest_run())
+    state, source = load_weights(args.source or newest_run())
     device, _ = choose_device(args.device)
-    model = model_from(state).to(device).eval()
+    model = model_with(GPTConfig(**state["config"]["model"]), state["model"]).to(device).eval()
     tokenizer = tokenizer_from_dict(state["tokenizer"])
     generator = torch.Generator(device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
-    print(f"{record.with_suffix('')}, step {state['step']}", file=sys.stderr)
+    print(source, file=sys.stderr)
 
     if not args.interactive:
         write(model, tokenizer, args.prompt, args, generator)

@@ -5,6 +5,7 @@
     python train.py --n_layer 6 --lr 2e-3 --out runs/deeper     any setting over the preset's
     python train.py --config runs/toy-1/config.json --seed 2    the settings of an earlier run, but one
     python train.py --out runs/toy-1 --resume                   go on where it stopped
+    python train.py --init downloads/gpt2 --data data/mine      begin with published weights, or with another run's
 
 A run is a folder: config.json, metrics.jsonl, checkpoints, and TensorBoard's event files where that is installed.
 Ctrl-C ends a run at the end of its step, saved. The step number is the only state: the batch and the dropout of a step
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import prepare
-from model import GPT, PRESETS, GPTConfig, generate
+from model import GPT, PRESETS, GPTConfig, generate, load_published
 from prepare import fail
 
 DEFAULT_DATA = "data/stdlib"
@@ -46,7 +47,7 @@ class TrainConfig:
     preset: str = "toy"  # settings to begin with, listed below
     data: str = DEFAULT_DATA  # data set made by prepare.py
     out: str | None = None  # folder of the run (default: runs/PRESET-N, the first free N)
-    init: str | None = None  # run or checkpoint whose weights to begin with
+    init: str | None = None  # weights to begin with: a run, a checkpoint, or a folder of published weights
     steps: int = 560  # optimizer steps in the schedule
     stop_at: int | None = None  # step to stop at, saved, with the schedule left alone (default: steps)
     batch_tokens: int = 4096  # tokens in one optimizer step
@@ -418,12 +419,21 @@ def newest_run(runs: str | Path = "runs") -> Path:
     return max(records, key=lambda record: record.stat().st_mtime).parent
 
 
-def model_from(state: dict) -> GPT:
-    """The model that a checkpoint holds, on the CPU."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**state["config"]["model"]))
-    model.load_state_dict(state["model"], assign=True)
-    return model
+def load_weights(path: str | Path) -> tuple[dict, Path]:
+    """What load_checkpoint returns, of a run, of a checkpoint, or of a folder of published weights."""
+    folder = Path(path)
+    try:
+        published = "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        published = False
+    if not published:
+        return load_checkpoint(path)
+    try:
+        config, weights = load_published(folder)
+    except Exception as error:  # as in read_checkpoint
+        fail(f"cannot load {folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    tokenizer = prepare.tokenizer_to_dict(prepare.load_published_tokenizer(folder))
+    return {"step": 0, "model": weights, "config": {"model": asdict(config)}, "tokenizer": tokenizer}, folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,7 +505,7 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]
                 print(f"changed by the command line: {name} from {saved[name]} to {value}")
         given = {**saved, **given}
     elif given.get("init"):
-        shape = load_checkpoint(given["init"])[0]["config"]["model"]
+        shape = load_weights(given["init"])[0]["config"]["model"]
         given = {**shape, "dropout": GPTConfig.dropout, **given}
     try:
         config = build_config(given)
@@ -535,7 +545,7 @@ def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
 
 def check_same_data(state: dict, meta: dict, config: TrainConfig, resume: bool) -> None:
     """A model only understands the tokens it was trained on, and a resumed run goes on in the same data."""
-    if state["tokenizer"] != meta["tokenizer"]:
+    if state["tokenizer"]["ranks"] != meta["tokenizer"]["ranks"]:
         fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the tokenizer of the checkpoint")
     if resume and state["data"] != [shard["sha256"] for shard in meta["train"]["shards"]]:
         fail(f"{config.data} is not the data set that this run began with: prepare that one again, or start a new run")
@@ -558,7 +568,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     if state is None and config.init:
-        state = load_checkpoint(config.init)[0]
+        state = load_weights(config.init)[0]
     if state:
         check_same_data(state, meta, config, resume)
         try:

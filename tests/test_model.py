@@ -139,7 +139,7 @@ def test_a_published_model_has_as_many_parameters_as_its_authors_released(preset
 
 def grok_golden() -> tuple[GPT, torch.Tensor, torch.Tensor]:
     """Our model with the weights of the golden file, and its tokens [B, T] and logits [B, T, V]."""
-    golden = np.load(Path(__file__).with_name("grok1_tiny_a.npz"))
+    golden = np.load(Path(__file__).with_name("golden") / "grok1_tiny_a.npz")
     c = json.loads(str(golden["config"]))
     shape = dict(
         vocab_size=c["vocab_size"],

@@ -70,8 +70,11 @@ def test_a_seed_repeats_a_draw_and_another_seed_does_not(call, run, capsys):
 
 def test_continuations_in_a_batch_are_those_of_a_model_alone(run):
     """Greedy, so that all three are the one that a batch of one gives."""
-    state, _ = sample.load_checkpoint(run)
-    model, tokenizer = sample.model_from(state).eval(), sample.tokenizer_from_dict(state["tokenizer"])
+    state, _ = sample.load_weights(run)
+    model, tokenizer = (
+        sample.model_with(sample.GPTConfig(**state["config"]["model"]), state["model"]).eval(),
+        sample.tokenizer_from_dict(state["tokenizer"]),
+    )
     texts = {}
     for n in (1, 3):
         args = Namespace(n=n, stop=None, temperature=0.0, top_k=None, top_p=None, tokens=30)
@@ -85,10 +88,10 @@ def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, 
     (run.parent / "runs").mkdir()
     (run.parent / "moved").rename(run.parent / "runs" / "mine")
     call(sample, "--tokens", 3)
-    assert "runs/mine/step-00000020, step 20" in capsys.readouterr().err
+    assert "runs/mine/step-00000020.json" in capsys.readouterr().err
     for named in ("best.json", "step-00000015.pt", "step-00000015.json"):
         call(sample, f"runs/mine/{named}", "--tokens", 3)
-    assert "step 15" in capsys.readouterr().err
+    assert "step-00000015.json" in capsys.readouterr().err
 
 
 def test_interactive_answers_each_prompt_until_an_empty_line(run):

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, shell, words
 
 import prepare
 import train
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, model_with
 
 
 def rows(run: Path, key: str) -> dict[int, float]:
@@ -150,7 +150,7 @@ def test_the_validation_loss_is_that_of_the_saved_model_on_the_held_out_text(run
     meta, shards = prepare.load_dataset(data)
     tokens = torch.tensor(np.concatenate(shards["val"]).astype(np.int64))
     n = (len(tokens) - 1) // 16
-    model = train.model_from(state).eval()
+    model = model_with(GPTConfig(**state["config"]["model"]), state["model"]).eval()
     with torch.no_grad():
         loss = model(tokens[: n * 16].view(n, 16), tokens[1 : n * 16 + 1].view(n, 16)).item()
     assert rows(run, "val_loss")[20] == pytest.approx(loss, abs=1e-5)

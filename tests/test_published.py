@@ -1,0 +1,297 @@
+"""Weights of published models, in and out: each family against what transformers computes.
+
+Where transformers is installed, it is asked itself. Everywhere, golden/FAMILY.npz says what it computed from small
+random weights; `python tests/test_published.py` writes those files anew.
+"""
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import model as models
+import prepare
+import sample
+import train
+from model import GPTConfig, generate, load_published, model_with, save_published
+
+GOLDEN = Path(__file__).with_name("golden")
+LLAMA = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=24,
+)
+GPT2 = dict(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+QWEN3_MOE = dict(LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+VARIANTS = {  # the first of each family is the golden one
+    "gpt2": dict(GPT2),
+    "gpt2-exact-gelu-narrow-untied": dict(
+        GPT2, n_head=2, n_inner=24, activation_function="gelu", tie_word_embeddings=False, layer_norm_epsilon=1e-3
+    ),
+    "llama": dict(LLAMA, rope_theta=500_000.0, rms_norm_eps=1e-5),
+    "llama-tied-full-heads": dict(LLAMA, num_key_value_heads=4, tie_word_embeddings=True),
+    "llama-biases-wide-heads": dict(LLAMA, attention_bias=True, mlp_bias=True, head_dim=12, hidden_act="gelu"),
+    "qwen3": dict(LLAMA, head_dim=16, tie_word_embeddings=True),
+    "qwen3-untied-one-kv-head": dict(LLAMA, head_dim=6, num_key_value_heads=1, rms_norm_eps=1e-3),
+    "qwen3_moe": dict(QWEN3_MOE, norm_topk_prob=True),
+    "qwen3_moe-not-renormalised-tied": dict(QWEN3_MOE, norm_topk_prob=False, tie_word_embeddings=True),
+    "mixtral": dict(LLAMA, **EXPERTS),
+    "mixtral-three-of-six-full-heads": dict(
+        LLAMA, num_local_experts=6, num_experts_per_tok=3, num_key_value_heads=4, rms_norm_eps=1e-3
+    ),
+}
+FAMILIES = ("gpt2", "llama", "qwen3", "qwen3_moe", "mixtral")
+
+
+def theirs(variant: str):
+    """A model of transformers with random weights, large enough for its logits to differ clearly."""
+    transformers = pytest.importorskip("transformers")
+    family = models.FAMILIES[variant.partition("-")[0]]
+    cls = getattr(transformers, family.architecture)
+    torch.manual_seed(sum(variant.encode()))
+    model = cls(cls.config_class(**VARIANTS[variant])).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((p.normal_(std=0.3) + (p.ndim == 1)).half())  # exact in half the bytes
+    return model
+
+
+def load(folder: Path) -> models.GPT:
+    return model_with(*load_published(folder)).eval()
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def golden(tmp_path):
+    """golden("llama") unpacks a golden file into a folder as it could be downloaded; returns it, tokens and logits."""
+
+    def unpack(family: str) -> tuple[Path, torch.Tensor, torch.Tensor]:
+        file = np.load(GOLDEN / f"{family}.npz")
+        weights = {name: torch.from_numpy(file[name].astype(np.float32)) for name in file if "." in name}
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+        (tmp_path / "config.json").write_text(str(file["config"]))
+        return tmp_path, torch.from_numpy(file["tokens"]).long(), torch.from_numpy(file["logits"])
+
+    return unpack
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_logits_of_the_golden_file_are_computed(golden, family):
+    folder, tokens, logits = golden(family)
+    assert logits.std() > 0.1
+    assert (load(folder)(tokens) - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_that_transformers_saved_give_its_logits_and_its_greedy_text(variant, tmp_path):
+    reference = theirs(variant)
+    reference.save_pretrained(tmp_path)
+    model, tokens = load(tmp_path), random_tokens(2, 20)
+    with torch.no_grad():
+        assert (model(tokens) - reference(tokens).logits).abs().max() < 1e-4
+        text = reference.generate(tokens[:1, :4], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert [ids.item() for ids in islice(generate(model, tokens[:1, :4], temperature=0), 20)] == text[0, 4:].tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_computes_the_logits_of_weights_that_we_saved(variant, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs(variant).save_pretrained(tmp_path / "in")
+    config, _ = load_published(tmp_path / "in")
+    torch.manual_seed(0)
+    model, tokens = models.GPT(config).eval(), random_tokens(2, 20)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+        save_published(tmp_path / "out", config, model.state_dict())
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert type(read).__name__ == models.FAMILIES[variant.partition("-")[0]].architecture
+        assert (read(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+def test_gpt2_as_openai_released_it_has_shorter_names_and_masks_among_its_tensors(golden):
+    folder, tokens, logits = golden("gpt2")
+    weights = torch.load(folder / "pytorch_model.bin")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    torch.save(old | {"h.0.attn.bias": torch.ones(1, 1, 24, 24).tril()}, folder / "pytorch_model.bin")
+    assert (load(folder)(tokens) - logits).abs().max() < 1e-4
+
+
+def test_weights_in_several_files_are_put_together(golden):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    folder, tokens, logits = golden("llama")
+    weights = torch.load(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").unlink()
+    parts = {"a.safetensors": sorted(weights)[::2], "b.safetensors": sorted(weights)[1::2]}
+    for part, names in parts.items():
+        save_file({name: weights[name] for name in names}, folder / part)
+    index = {"weight_map": {name: part for part, names in parts.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert (load(folder)(tokens) - logits).abs().max() < 1e-4
+
+
+def test_a_second_copy_of_a_tied_head_is_passed_over(golden):
+    folder, tokens, logits = golden("qwen3")
+    weights = torch.load(folder / "pytorch_model.bin")
+    torch.save({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
+    model = load(folder)
+    assert (model(tokens) - logits).abs().max() < 1e-4
+    assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize(
+    "config, weights, told",
+    [
+        (dict(model_type="bert"), {}, "'bert', none of gpt2, llama"),
+        (dict(rope_scaling={"rope_type": "llama3"}), {}, "rope_type of .* is 'llama3'"),
+        (dict(sliding_window=4096), {}, "sliding_window of .* is 4096"),
+        (dict(hidden_act="relu"), {}, "activation 'relu'"),
+        (dict(num_hidden_layers=10**9), {}, "1000000000 layers can't be filled from 21 tensors"),
+        (dict(num_hidden_layers=3), {}, "misses model.layers.2.* and 8 other tensors"),
+        (dict(num_hidden_layers=1), {}, "also holds model.layers.1.* and 8 other tensors"),
+        (dict(hidden_size=64), {}, "model.embed_tokens.weight .* by \\[61, 32\\], not \\[61, 64\\]"),
+        ({}, {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "model.norm.weight .* torch.int8"),
+        ({}, {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "also holds .*q_proj.bias"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_named(golden, config, weights, told):
+    folder, _, _ = golden("llama")
+    before = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(before | config))
+    torch.save(torch.load(folder / "pytorch_model.bin") | weights, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=told):
+        load_published(folder)
+
+
+@pytest.mark.parametrize(
+    "switch, told",
+    [
+        (dict(post_norm=True, attention_cap=30.0), "qwen3, lacks post_norm True, attention_cap 30.0"),
+        (dict(position="learned"), "lacks position learned"),
+        (dict(models.GPT2, bias=False), "gpt2, lacks bias False"),
+        (dict(models.PRESETS["grok-toy"]), "post_norm True, attention_cap 30.0"),
+    ],
+)
+def test_a_combination_without_a_counterpart_is_named(switch, told, tmp_path):
+    pytest.importorskip("safetensors")
+    config = GPTConfig(**{**switch, "vocab_size": 61, "seq_len": 24})
+    with pytest.raises(ValueError, match=told):
+        save_published(tmp_path, config, models.GPT(config).state_dict())
+    assert not any(tmp_path.iterdir())
+
+
+# ---- the whole way: a run out, a published folder in
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, tokenizer, tmp_path, data):
+    transformers = pytest.importorskip("transformers")
+    call(prepare, data.parent / "text.txt", "--tokenizer", tokenizer, "--out", "set")
+    call(train, *TINY, "--data", "set", "--out", "run", "--steps", 5)
+    call(models, "--export", "out", "run")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    state, _ = train.load_checkpoint("run")
+    encoding = prepare.tokenizer_from_dict(state["tokenizer"])
+    for text in ("the model learns,", "naïve  café\n\n 你好🙂 it's 12345 \t\r\n x\n", " \n  "):
+        assert ours(text)["input_ids"] == prepare.encode(encoding, text).tolist()
+        assert ours.decode(ours(text)["input_ids"]) == text
+    assert ours.eos_token_id == encoding.eot_token
+    tokens = torch.tensor([prepare.encode(encoding, "the small model").tolist()])
+    with torch.no_grad():
+        expected = model_with(GPTConfig(**state["config"]["model"]), state["model"])(tokens)
+        assert (model(tokens).logits - expected).abs().max() < 1e-4
+
+
+def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, run, data, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    call(models, "--export", "out", run)
+    texts = []
+    for source in (run, "out"):
+        capsys.readouterr()
+        call(sample, source, "--prompt", "the ", "--tokens", 30, "--temperature", 0)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    call(train, "--init", "out", "--data", data, "--out", "on", "--steps", 1, "--lr", 0, "--batch_tokens", 128)
+    losses = [json.loads(row).get("val_loss") for row in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
+    before = [json.loads(row).get("val_loss") for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] == pytest.approx(before[-1], abs=1e-6)
+
+
+def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
+    """Written by us, read by Hugging Face's tokenizers and by us, against tiktoken."""
+    tokenizers = pytest.importorskip("tokenizers")
+    try:
+        encoding = prepare.named_tokenizer("gpt2")
+    except SystemExit:
+        pytest.skip("tiktoken has not fetched it here")
+    prepare.save_published_tokenizer(tmp_path, encoding)
+    text = Path(models.__file__).read_text() + " naïve 你好🙂🙂  12345678 \n\n\t x' I'LL don't\n "
+    ids = prepare.encode(encoding, text).tolist()
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == ids
+    read = prepare.load_published_tokenizer(tmp_path)
+    assert prepare.encode(read, text).tolist() == ids
+    assert read.eot_token == encoding.eot_token
+
+
+def test_the_tokenizer_that_transformers_writes_for_gpt2_is_read(tmp_path):
+    """Its tokenizer.json holds no pattern: ByteLevel itself knows how GPT-2 cuts text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([Path(prepare.__file__).read_text()], 600, special_tokens=["<|endoftext|>"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    text = "def train_bpe(counts):  # don't 12345\n    return naïve 你好"
+    read = prepare.load_published_tokenizer(tmp_path)
+    assert prepare.encode(read, text).tolist() == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--export", "new", "nowhere"], "no checkpoint"),
+        (["--export", "full", "nowhere"], "full is not empty"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused(refused, tmp_path, arguments, told):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert told in refused(models, *arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_published_folder_that_cannot_be_loaded_is_one_sentence(golden, refused):
+    folder, _, _ = golden("llama")
+    (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram"}, "pre_tokenizer": null}')
+    assert "not byte-level BPE" in refused(sample, folder)
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refused(sample, folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02garbage")
+    assert f"cannot load {folder}" in refused(sample, folder)
+    (folder / "pytorch_model.bin").unlink()
+    assert "neither model.safetensors nor pytorch_model.bin" in refused(train, "--init", folder)
+
+
+if __name__ == "__main__":
+    for family in FAMILIES:
+        reference, tokens = theirs(family), random_tokens(2, 20)
+        with torch.no_grad():
+            logits = reference(tokens).logits
+        folder = Path(f"{family}.tmp")
+        reference.save_pretrained(folder)
+        weights = {name: tensor.half().numpy() for name, tensor in models.open_tensors(folder).items()}
+        config = (folder / "config.json").read_text()
+        np.savez_compressed(GOLDEN / family, config=config, tokens=tokens, logits=logits, **weights)
+        shutil.rmtree(folder)
