@@ -585,10 +585,15 @@ def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
         return GPT(config)
 
 
+def tie(config: GPTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as load_state_dict wants them. Files hold a tied head once, as the embedding."""
+    return {**state, "head.weight": state["embedding.weight"]} if config.tied else state
+
+
 def model_with(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
     """The model with the tensors of `state` as its weights, not copied, in whatever dtype they are."""
     model = meta_model(config, len(state))
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(tie(config, state), assign=True)
     if config.tied:
         model.head.weight = model.embedding.weight
     return model
@@ -670,8 +675,6 @@ def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
             if part.shape != shape:
                 raise ValueError(f"{theirs_name} in {folder} fills {ours} by {list(part.shape)}, not {list(shape)}")
             state[ours] = part
-    if config.tied:
-        state["head.weight"] = state["embedding.weight"]
     return config, state
 
 

@@ -10,30 +10,54 @@
 A run is a folder: config.json, metrics.jsonl, checkpoints, and TensorBoard's event files where that is installed.
 Ctrl-C ends a run at the end of its step, saved. The step number is the only state: the batch and the dropout of a step
 follow from the seed and the step, so a resumed run goes on bit for bit as if it had never stopped.
+
+Many processes, on CPUs or GPUs, train the same model on the same batches; any number of them can resume any run:
+
+    torchrun --standalone --nproc_per_node=8 train.py --out runs/big             one node
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=big \\
+        train.py --out runs/big                                                  the same line on each of two nodes
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:4 --max-restarts=3 --rdzv-backend=c10d ... \\
+        train.py --out runs/big --resume                     begin, and go on by itself after faults, on 1 to 4 nodes
+    torchrun ... train.py --preset llama3-8b --shard 8 --out runs/llama          each model spread over 8 GPUs (FSDP2)
+
+Under Slurm, `srun --ntasks-per-node=1 torchrun ...` does the same. `#SBATCH --signal=USR1@120` with torchrun's
+`--signals-to-handle=SIGTERM,SIGINT,SIGUSR1` saves the run two minutes before its time is up.
 """
 
 import argparse
 import inspect
 import json
 import math
+import os
 import re
 import signal
+import socket
 import sys
 import time
+import traceback
 import types
 import typing
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from model import GPT, PRESETS, GPTConfig, generate, load_published
+from model import GPT, PRESETS, GPTConfig, generate, load_published, tie
 from prepare import fail
 
 DEFAULT_DATA = "data/stdlib"
@@ -58,9 +82,12 @@ class TrainConfig:
     decay: float = 0.5  # share of the steps, at the end, in which it falls to zero
     weight_decay: float = 0.1  # decoupled weight decay of matrices
     grad_clip: float = 1.0  # largest norm of the gradient
+    skip_bad_steps: int = 0  # steps without a finite gradient that are left out before the run stops
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
     compile: bool | None = None  # torch.compile (default: on CUDA)
     device: str | None = None  # cpu, cuda, mps, ... (default: the accelerator where there is one)
+    shard: int = 1  # processes that share one copy of the model (FSDP2); 1: each has its own (DDP)
+    timeout: float = 600.0  # seconds after which a process that does not answer is given up
     seed: int = 1  # of the weights, the order of the data and dropout
     eval_every: int = 200  # steps between evaluations
     eval_tokens: int = 2**20  # most held-out tokens read by an evaluation
@@ -70,16 +97,8 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "batch_tokens",
-            "micro_batch",
-            "eval_every",
-            "eval_tokens",
-            "save_every",
-            "log_every",
-            "keep",
-        ):
+        positive = "steps batch_tokens micro_batch eval_every eval_tokens save_every log_every keep shard timeout"
+        for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.stop_at is not None and not 0 < self.stop_at <= self.steps:
@@ -175,6 +194,127 @@ def parse_command_line() -> tuple[dict, bool]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes: as many as torchrun started, or one, which is a group of one
+
+
+def start_processes(timeout: float) -> dist.Store:
+    """Join the process group: CPU tensors travel by gloo, GPU tensors by NCCL. Returns the store that all ranks share.
+    Rank 0 speaks for all: what the others print goes nowhere."""
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared_store and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":  # pytorch issue 135712: stale addresses
+        fail("restarts by torchrun hang unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is in its environment: set it")
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    else:
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return store
+
+
+def stop(message: str) -> NoReturn:
+    """End every rank with one sentence, said once. All ranks must come here."""
+    if dist.get_rank() == 0:
+        fail(message)
+    raise SystemExit(2)
+
+
+def from_rank_0(value):
+    """What rank 0 calls `value`, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def summed(*numbers: float) -> list[float]:
+    """Each number's sum over all ranks."""
+    totals = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def agree(what: str, mine: dict) -> None:
+    """Stop unless every rank was started with the same."""
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    for rank, theirs in enumerate(everyones):
+        for name in sorted(everyones[0].keys() | theirs.keys()):
+            if theirs.get(name) != (first := everyones[0].get(name)):
+                stop(f"rank {rank} has another {what} than rank 0: {name} is {theirs.get(name)}, not {first}")
+
+
+def blame(store: dist.Store, error: Exception) -> int:
+    """Say why this rank failed: ranks that do not answer a roll call, or the error itself. Returns the exit status."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        store.set(f"alive/{rank}", "yes")
+        time.sleep(3)
+        silent = [str(other) for other in range(world) if not store.check([f"alive/{other}"])]
+        time.sleep(2)  # rank 0 holds the store in which the others look
+    except dist.DistError:
+        silent = ["0"]
+    if not silent:
+        traceback.print_exception(error)
+        return 1
+    names, reason = ", ".join(silent), str(error).split(". ")[0]
+    print(f"train.py: error: rank {names} of {world} does not answer ({reason})", file=sys.stderr)
+    return 2
+
+
+def describe_processes(device: torch.device) -> str:
+    """How many ranks on which hosts, and the speed of an all-reduce of 16 MiB, timed once."""
+    hosts = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    text = f"{len(hosts)} on {', '.join(sorted(set(hosts)))}"
+    if len(hosts) > 1:
+        tensor = torch.zeros(2**22, device=device)
+        dist.all_reduce(tensor)
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(tensor)
+        float(tensor[0])  # waits for the device
+        moved = 2 * (len(hosts) - 1) / len(hosts) * tensor.nbytes  # what each rank sends and receives
+        text += f", all-reduce at {moved / (time.perf_counter() - start) / 1e9:.2f} GB/s"
+    return text
+
+
+def spread(model: GPT, config: TrainConfig, device: torch.device) -> nn.Module:
+    """The model on its device, so that a backward pass leaves the mean gradient of all ranks: with a copy of it on each
+    (DDP), or with each block's parameters in pieces over groups of --shard ranks (FSDP2)."""
+    world = dist.get_world_size()
+    if config.shard > 1:
+        mesh = init_device_mesh(
+            device.type, (world // config.shard, config.shard), mesh_dim_names=("replicate", "shard")
+        )
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh)
+        return model
+    model.to(device)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+
+
+def sync_gradients(parallel: nn.Module, now: bool) -> None:
+    """Whether the next forward and backward pass averages gradients over ranks, as only the last of a step should."""
+    if isinstance(parallel, FSDPModule):
+        parallel.set_requires_gradient_sync(now)
+    elif isinstance(parallel, DistributedDataParallel):
+        parallel.require_backward_grad_sync = now
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank may hold a piece, in one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def piece(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of whole: this rank's piece of a tensor of the size of `like`."""
+    if isinstance(like, DTensor) and tensor.shape == like.shape:
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The machine: device, number format, speed
 
 # Published peaks of dense bfloat16 products, FLOP/s.
@@ -194,8 +334,12 @@ def measured_peak(dtype: torch.dtype) -> float:
 
 def choose_device(name: str | None) -> tuple[torch.device, str]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator and name in (None, accelerator.type):  # ranks of a node take one each
+        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+        torch.accelerator.set_device_index(index)
+        return torch.device(accelerator.type, index), "found" if name is None else "as set"
     if name is None:
-        return (accelerator, "found") if accelerator else (torch.device("cpu"), "no accelerator found")
+        return torch.device("cpu"), "no accelerator found"
     try:
         torch.empty(1, device=name)
         return torch.device(name), "as set"
@@ -285,6 +429,30 @@ class Windows:
 # Optimizers and schedule
 
 
+class SharedMuon(torch.optim.Muon):
+    """Muon with its matrices dealt out over the ranks: each rank updates its own, and sends the result to all."""
+
+    def __init__(self, matrices: list[Tensor], **how):
+        self.all, self.rank, self.world = matrices, dist.get_rank(), dist.get_world_size()
+        super().__init__([{"params": matrices[self.rank :: self.world]}], **how)
+
+    def step(self) -> None:
+        super().step()
+        self.send([matrix.detach() for matrix in self.all])
+
+    def send(self, tensors: list[Tensor]) -> None:
+        """Give all ranks the tensors of each one's matrices."""
+        sent = [dist.broadcast(t, src=i % self.world, async_op=True) for i, t in enumerate(tensors)]
+        for work in sent:
+            work.wait()
+
+    def gather_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of all matrices, on every rank."""
+        momenta = [self.state[m]["momentum_buffer"] if m in self.state else torch.empty_like(m) for m in self.all]
+        self.send(momenta)
+        return {matrix: {"momentum_buffer": momentum} for matrix, momentum in zip(self.all, momenta)}
+
+
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices in blocks, where a gradient's directions matter more than their sizes; AdamW for the rest.
     Muon's updates are scaled to the size of AdamW's (Liu et al., 2025), so one learning rate serves both."""
@@ -302,7 +470,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     )
     if not in_muon:
         return [adamw]
-    muon = torch.optim.Muon(
+    alike = dist.get_world_size() > 1 and config.shard == 1  # each rank has all matrices
+    muon = (SharedMuon if alike else torch.optim.Muon)(
         matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     return [muon, adamw]
@@ -324,20 +493,65 @@ def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.de
     """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers."""
     n = min(windows.n_windows, max(1, config.eval_tokens // windows.seq_len))
     chosen = np.linspace(0, windows.n_windows, n, endpoint=False).astype(np.int64)
+    share = -(-n // dist.get_world_size())  # of each rank; the last may repeat the last window, which is not counted
+    mine = dist.get_rank() * share + np.arange(share)
+    indices, counts = chosen[np.minimum(mine, n - 1)], torch.from_numpy(mine < n)
     model.eval()
     losses = []
-    for i in range(0, n, config.micro_batch):
-        inputs, targets = windows.get(chosen[i : i + config.micro_batch], device)
+    for i in range(0, share, config.micro_batch):
+        inputs, targets = windows.get(indices[i : i + config.micro_batch], device)
         with autocast:
             logits = model(inputs)
         losses.append(F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").mean(1).double().cpu())
     model.train()
-    losses = torch.cat(losses)
-    return losses.mean().item(), (losses.std() / math.sqrt(n)).item() if n > 1 else math.nan
+    losses = torch.cat(losses)[counts]
+    (total,) = summed(losses.sum())
+    (squares,) = summed((losses - total / n).square().sum())
+    return total / n, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a tensor file, and a small JSON that names it, written last
+
+
+def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """Weights and optimizer state by name, whole, copied to the CPU on rank 0. All ranks must come here."""
+    copies = {"model": {}, "optimizer": {}}
+    if isinstance(model, FSDPModule):
+        model.reshard()  # an evaluation leaves the root's parameters whole
+
+    def copy(kind: str, name: str, tensor: Tensor) -> None:
+        tensor = whole(tensor.detach())
+        if dist.get_rank() == 0:
+            copies[kind][name] = tensor.to("cpu", copy=True)
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, name in names.items():
+        copy("model", name, parameter)
+    for optimizer in optimizers:
+        state = optimizer.gather_state() if isinstance(optimizer, SharedMuon) else optimizer.state
+        for parameter, tensors in state.items():
+            for key, tensor in tensors.items():
+                copy("optimizer", f"{names[parameter]}.{key}", tensor)
+    return copies
+
+
+def restore(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
+    """Put an optimizer state that rank 0 has read into the optimizers of all ranks, a tensor at a time."""
+    tensors = state["optimizer"] if dist.get_rank() == 0 else None
+    sizes = from_rank_0({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} if tensors else None)
+    found = defaultdict(dict)
+    mine = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, (shape, dtype) in sizes.items():
+        tensor = tensors[name].clone() if tensors else torch.empty(shape, dtype=dtype)
+        dist.broadcast(tensor, src=0)
+        parameter_name, _, key = name.rpartition(".")
+        if (parameter := model.get_parameter(parameter_name)) in mine:
+            found[parameter][key] = piece(tensor, parameter)
+    for optimizer in optimizers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        numbered = {i: found[p] for i, p in enumerate(parameters) if p in found}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
 
 
 def save_checkpoint(run: Path, step: int, state: dict, keep: int) -> None:
@@ -495,7 +709,9 @@ def clock(seconds: float) -> str:
 def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]:
     """The config, the run's folder, and the state to resume from (None for a new run)."""
     state = None
-    if resume:
+    if resume and given.get("out") and not any(Path(given["out"]).glob("step-*")):
+        print(f"there is no checkpoint in {given['out']} yet: a new run begins")
+    elif resume:
         run = Path(given["out"]) if given.get("out") else newest_run()
         state, record = load_checkpoint(run)
         print(f"resuming {record.with_suffix('')}, step {state['step']}")
@@ -517,15 +733,27 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]
     run = Path(config.out)
     if not resume and any(run.glob("*.json")):
         fail(f"{run} already holds a run: go on with it by --out {run} --resume, or choose another --out")
+    world, n_micro = dist.get_world_size(), config.batch_tokens // (config.micro_batch * config.model.seq_len)
+    if n_micro % world:
+        legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
+        fail(
+            f"{world} processes can't share the {n_micro} micro-batches of {config.batch_tokens} batch_tokens equally:"
+            f" use {legal} of them, or another micro_batch"
+        )
+    if world % config.shard:
+        fail(f"{world} processes can't be divided into groups of --shard {config.shard}")
     return config, run, state
 
 
 def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
     """The data set's meta.json, and the windows of its two splits. Prepares the default data set where need be."""
-    if config.data == DEFAULT_DATA and not Path(DEFAULT_DATA, "meta.json").exists():
-        print(f"preparing the default corpus in {DEFAULT_DATA}, once", flush=True)
-        prepare.prepare([], DEFAULT_DATA)
-    meta, shards = prepare.load_dataset(config.data)
+    first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    for my_turn in (dist.get_rank() == 0, first_on_node):  # where nodes share no disk, each prepares its own
+        if my_turn and config.data == DEFAULT_DATA and not Path(DEFAULT_DATA, "meta.json").exists():
+            print(f"preparing the default corpus in {DEFAULT_DATA}, once", flush=True)
+            prepare.prepare([], DEFAULT_DATA)
+        dist.barrier()
+    meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
     splits = [Windows(shards[split], config.model.seq_len) for split in prepare.SPLITS]
     for split, windows in zip(prepare.SPLITS, splits):
         if windows.n_windows < 1:
@@ -543,60 +771,70 @@ def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
     return meta, *splits
 
 
-def check_same_data(state: dict, meta: dict, config: TrainConfig, resume: bool) -> None:
-    """A model only understands the tokens it was trained on, and a resumed run goes on in the same data."""
+def check_fit(state: dict, meta: dict, config: TrainConfig, resume: bool) -> None:
+    """A model only understands the tokens it was trained on, and a resumed run goes on with its data and optimizer."""
     if state["tokenizer"]["ranks"] != meta["tokenizer"]["ranks"]:
         fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the tokenizer of the checkpoint")
     if resume and state["data"] != [shard["sha256"] for shard in meta["train"]["shards"]]:
         fail(f"{config.data} is not the data set that this run began with: prepare that one again, or start a new run")
+    if resume and state["config"]["optimizer"] != config.optimizer:
+        fail(f"{config.out} was trained with --optimizer {state['config']['optimizer']}, whose state no other can use")
 
 
-def main() -> None:
+def train(given: dict, resume: bool) -> None:
     started = time.monotonic()
-    given, resume = parse_command_line()
-    config, run, state = open_run(given, resume)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    agree("version or setting", {"torch": torch.__version__, "resume": resume, **given})
+    config, run, state = open_run(given, resume) if rank == 0 else (None, None, None)
+    config, run, resume = from_rank_0((config, run, resume and state is not None))
     meta, train_windows, val_windows = load_data(config)
+    fingerprint = [shard["sha256"] for shard in meta["train"]["shards"]]
+    agree("data set", {split: str(meta[split]) for split in prepare.SPLITS})
 
     device, device_reason = choose_device(config.device)
-    dtype, peak_flops, dtype_reason = choose_dtype(config.dtype, device)
+    dtype, peak_flops, dtype_reason = from_rank_0(choose_dtype(config.dtype, device))
     config.dtype = str(dtype).removeprefix("torch.")
     compiling = device.type == "cuda" if config.compile is None else config.compile
     compile_reason = "as set" if config.compile is not None else "pays on CUDA, only in long runs elsewhere"
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    # Build the model, or take it from a checkpoint. The plain one stays beside the compiled one, to save and sample.
+    # Build the model, or take it from a checkpoint, on rank 0; give it to all ranks, and spread it over them. The plain
+    # one stays beside the wrapped and the compiled one, to save and to sample.
     torch.manual_seed(config.seed)
     model = GPT(config.model)
-    if state is None and config.init:
+    if rank == 0 and config.init and not resume:
         state = load_weights(config.init)[0]
     if state:
-        check_same_data(state, meta, config, resume)
+        check_fit(state, meta, config, resume)
         try:
-            model.load_state_dict(state["model"])
+            model.load_state_dict(tie(config.model, state["model"]))
         except RuntimeError as error:
             fail(f"the checkpoint does not fit the model asked for: {str(error).splitlines()[1].strip()}")
-    model.to(device)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), src=0)
+    parallel = spread(model, config, device)
     optimizers = make_optimizers(model, config)
     step = 0
     if resume:
-        if len(state["optimizers"]) != len(optimizers):
-            fail(f"{run} was trained with another --optimizer than {config.optimizer}, whose state can't be taken over")
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
-        step = state["step"]
+        restore(model, optimizers, state)
+        step = from_rank_0(state and state["step"])
     del state
-    trained = torch.compile(model) if compiling else model
+    trained = torch.compile(parallel) if compiling else parallel
 
-    rows = config.batch_tokens // config.model.seq_len
+    rows = config.batch_tokens // config.model.seq_len // world  # of each rank
     stop_at = config.stop_at or config.steps
     if step >= stop_at:
-        fail(f"{run} is at step {step} already: give more --steps, or a later --stop_at, to go on")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        prepare.write_json(run / "config.json", asdict(config))
-        metrics = Metrics(run, step)
-    except OSError as error:
-        fail(f"cannot write to {run}: {error.strerror}")
+        stop(f"{run} is at step {step} already: give more --steps, or a later --stop_at, to go on")
+    metrics = None
+    if rank == 0:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            for unfinished in run.glob("*.partial"):  # by a process that was killed
+                unfinished.unlink()
+            prepare.write_json(run / "config.json", asdict(config))
+            metrics = Metrics(run, step)
+        except OSError as error:
+            fail(f"cannot write to {run}: {error.strerror}")
 
     epochs = config.steps * config.batch_tokens / train_windows.n_tokens
     print(
@@ -604,6 +842,7 @@ def main() -> None:
         f"data     {config.data}: {train_windows.n_tokens:,} tokens to train on, {val_windows.n_tokens:,} held out\n"
         f"model    {model.n_params():,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP per token\n"
         f"steps    {config.steps:,} of {config.batch_tokens:,} tokens: {epochs:.2f} epochs\n"
+        f"ranks    {describe_processes(device)}\n"
         f"device   {device} ({device_reason})\n"
         f"dtype    {config.dtype} ({dtype_reason})\n"
         f"compile  {'on' if compiling else 'off'} ({compile_reason})",
@@ -611,69 +850,88 @@ def main() -> None:
     )
 
     console = Console()
+    writer, writing = ThreadPoolExecutor(1), Future()
+    writing.set_result(None)
+    best_loss = read_best(run).get("val_loss", math.inf)
     signalled = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signalled.append(number))
+    parent = os.getppid()
+
+    def finish_writing() -> None:
+        try:
+            writing.result()
+        except (OSError, RuntimeError) as error:
+            fail(f"cannot save in {run} ({error}): the checkpoint before is whole; make room and --resume")
 
     def save() -> None:
-        state = {
-            "step": step,
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers],
-            "config": asdict(config),
-            "tokenizer": meta["tokenizer"],
-            "data": [shard["sha256"] for shard in meta["train"]["shards"]],
-        }
-        try:
-            save_checkpoint(run, step, state, config.keep)
-        except (OSError, RuntimeError) as error:
-            fail(
-                f"cannot save step {step} in {run} ({error}): the checkpoint before it is whole; make room and --resume"
-            )
+        """Copy the state off the device, and leave it to another thread to write."""
+        nonlocal writing
+        start = time.monotonic()
+        finish_writing()
+        state = snapshot(model, optimizers)
+        state |= {"step": step, "config": asdict(config), "tokenizer": meta["tokenizer"], "data": fingerprint}
+        if rank == 0:
+            writing = writer.submit(save_checkpoint, run, step, state, config.keep)
+            metrics.write(step=step, save_stall=time.monotonic() - start)
 
     model.train()
     first_step, loop_started = step, time.monotonic()
     last_log, last_step = loop_started, step
-    leaving = False
+    skipped, leaving = 0, False
     while not leaving:
         # step
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, config)
-        indices = train_windows.batch_indices(config.seed, step, rows)
+        indices = train_windows.batch_indices(config.seed, step, rows * world)
         loss = torch.zeros((), device=device)
-        for micro in range(0, rows, config.micro_batch):
-            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, micro)).generate_state(1)[0]))  # dropout
-            inputs, targets = train_windows.get(indices[micro : micro + config.micro_batch], device)
+        for row in range(rank * rows, (rank + 1) * rows, config.micro_batch):
+            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, row)).generate_state(1)[0]))  # dropout
+            inputs, targets = train_windows.get(indices[row : row + config.micro_batch], device)
+            sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
             with autocast:
                 micro_loss = trained(inputs, targets) * (config.micro_batch / rows)
             micro_loss.backward()
             loss += micro_loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        if not torch.isfinite(grad_norm):
-            fail(f"step {step + 1}: the gradient is {grad_norm}, so the step was not made: --resume with a lower --lr")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+        if torch.isfinite(grad_norm):
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
+            skipped += 1
+            finite = [None] * world
+            dist.all_gather_object(finite, loss.isfinite().item())
+            ranks = ", ".join(str(r) for r in range(world) if not finite[r]) or "none"
+            bad = f"step {step + 1}: the gradient's norm is {grad_norm}, the loss not finite on rank {ranks}"
+            if skipped > config.skip_bad_steps:
+                finish_writing()
+                stop(f"{bad}; the step was not made: --resume with a lower --lr, or with --skip_bad_steps")
+            console.line(f"{bad}; skipped")
+        model.zero_grad()
         step += 1
-        leaving = step == stop_at or bool(signalled)
+        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent  # torchrun itself was killed
+        asked_to_leave = any(summed(len(signalled) + orphaned))
+        leaving = step == stop_at or asked_to_leave
 
         # log
         now = time.monotonic()
         left = (now - loop_started) / (step - first_step) * (stop_at - step)
         console.glimpse(f"step {step:,}/{config.steps:,}  {clock(left)} left")
         if step % config.log_every == 0 or step == 1 or leaving:
+            (mean_loss,) = summed(loss.item() / world)
             speed = (step - last_step) * config.batch_tokens / (now - last_log)
-            row = dict(step=step, loss=loss.item(), lr=lr_at(step - 1, config), grad_norm=grad_norm.item())
-            row |= dict(seconds=now - started, tokens_per_second=speed)
+            row = dict(step=step, loss=mean_loss, lr=lr_at(step - 1, config), grad_norm=grad_norm.item())
+            row |= dict(seconds=now - started, tokens_per_second=speed, skipped=skipped)
             line = f"step {step:5,}/{config.steps:,}  loss {row['loss']:.4f}  {speed:9,.0f} tokens/s"
             if experts := model.experts():
                 row["expert_load"] = [expert.load.tolist() for expert in experts]
             if peak_flops:
-                row["mfu"] = speed * model.flops_per_token() / peak_flops
+                row["mfu"] = speed * model.flops_per_token() / (peak_flops * world)
                 line += f"  {row['mfu']:4.0%} of peak"
             console.line(f"{line}  {clock(left)} left")
-            metrics.write(**row)
+            if metrics:
+                metrics.write(**row)
             last_log, last_step = time.monotonic(), step
 
         # save
@@ -688,19 +946,25 @@ def main() -> None:
             console.line(
                 f"step {step:5,}/{config.steps:,}  val_loss {val_loss:.4f} +- {error:.4f}  {bits:.4f} bits per byte"
             )
-            metrics.write(step=step, val_loss=val_loss, val_loss_error=error, val_bits_per_byte=bits)
-            if val_loss < read_best(run).get("val_loss", math.inf):
+            if metrics:
+                metrics.write(step=step, val_loss=val_loss, val_loss_error=error, val_bits_per_byte=bits)
+            if val_loss < best_loss:
+                best_loss = val_loss
                 if not saving:
                     save()
-                mark_best(run, step, val_loss)
+                if rank == 0:
+                    finish_writing()
+                    mark_best(run, step, val_loss)
             last_log, last_step = time.monotonic(), step
 
-    go_on = f"python train.py --out {run} --resume"
-    if signalled:
+    finish_writing()
+    go_on = f"{'torchrun ... ' if world > 1 else 'python '}train.py --out {run} --resume"
+    if asked_to_leave:
         print(f"stopped at step {step} and saved; to go on: {go_on}")
         return
     tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
     prompt = torch.tensor([[tokenizer.eot_token]], device=device)
+    torch.manual_seed(config.seed)
     model.eval()
     written = islice(generate(model, prompt, n_vocab=tokenizer.n_vocab), 200)
     text = b"".join(prepare.token_bytes(tokenizer, ids.item()) for ids in written).decode(errors="replace")
@@ -712,6 +976,24 @@ def main() -> None:
     if stop_at < config.steps:
         print(f"to go on: {go_on}")
     print(f"next: python sample.py {run} --interactive")
+
+
+def main() -> None:
+    given, resume = parse_command_line()
+    store = start_processes(given.get("timeout", TrainConfig.timeout))
+    status = 0
+    try:
+        train(given, resume)
+    except SystemExit as end:
+        status = end.code
+    except Exception as error:
+        if dist.get_world_size() == 1:
+            raise
+        status = blame(store, error)
+    # Only now has the traceback gone that held the model, and with it the connections that are closed here.
+    dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

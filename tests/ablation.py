@@ -46,6 +46,7 @@ def train(out: Path, flags: list[str]) -> tuple[float, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=280, help="optimizer steps of each run (%(default)s)")
+    parser.add_argument("--data", default="data/stdlib", help="data set, prepared where need be (%(default)s)")
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (%(default)s)")
     args = parser.parse_args()
     subprocess.run(
