@@ -243,7 +243,7 @@ def load_published_tokenizer(folder: Path) -> tiktoken.Encoding:
         return tokenizer_from_published(folder / "tokenizer.json")
     except OSError as error:
         fail(f"cannot read {error.filename}: {error.strerror}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # tiktoken can fail in any way
         fail(f"cannot use the tokenizer in {folder}: {error}")
 
 
@@ -491,15 +491,25 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
     shards = {split: [] for split in SPLITS}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if tokenizer_from_dict(meta["tokenizer"]).n_vocab != meta["vocab_size"]:
+            raise ValueError("the tokenizer in meta.json has another vocabulary than the data")
         for split in SPLITS:
             for shard in meta[split]["shards"]:
-                path = folder / shard["file"]
+                path = folder / Path(shard["file"]).name
                 if verify and sha256_of(path) != shard["sha256"]:
                     raise ValueError(f"the SHA-256 of {path.name} is not the one in meta.json")
-                shards[split].append(np.load(path, mmap_mode="r", allow_pickle=False))
+                tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+                if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+                    raise ValueError(
+                        f"{path.name} holds {tokens.dtype} of shape {tokens.shape}, not a row of token ids"
+                    )
+                if verify and len(tokens) and tokens.max() >= meta["vocab_size"]:
+                    offset = tokens.argmax()
+                    raise ValueError(f"token {offset} of {path.name} is {tokens[offset]}, beyond the vocabulary")
+                shards[split].append(tokens)
     except FileNotFoundError as error:
         fail(f"there is no {error.filename}: make the data set with python prepare.py FILES --out {folder}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # what is not as it should be can break NumPy and tiktoken in any way
         fail(f"the data set {folder} is damaged ({error}): remove it and prepare it again")
     return meta, shards
 

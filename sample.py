@@ -20,9 +20,9 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import GPT, GPTConfig, generate, model_with
-from prepare import encode, fail, token_bytes, tokenizer_from_dict
-from train import choose_device, load_weights, newest_run
+from model import GPT, generate
+from prepare import encode, fail, token_bytes
+from train import choose_device, load_model, newest_run
 
 
 def parse_command_line() -> argparse.Namespace:
@@ -121,10 +121,9 @@ def main() -> None:
             args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             fail(f"cannot read --prompt_file {args.prompt_file}: {error}")
-    state, source = load_weights(args.source or newest_run())
+    model, tokenizer, source = load_model(args.source or newest_run())
     device, _ = choose_device(args.device)
-    model = model_with(GPTConfig(**state["config"]["model"]), state["model"]).to(device).eval()
-    tokenizer = tokenizer_from_dict(state["tokenizer"])
+    model.to(device).eval()
     generator = torch.Generator(device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
     print(source, file=sys.stderr)

@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from model import GPT, PRESETS, GPTConfig, generate, load_published, tie
+from model import GPT, PRESETS, GPTConfig, generate, load_published, model_with, tie
 from prepare import fail
 
 DEFAULT_DATA = "data/stdlib"
@@ -600,7 +601,10 @@ def read_checkpoint(record: Path) -> dict:
         path = record.with_name(Path(named["file"]).name)
         if prepare.sha256_of(path) != named["sha256"]:
             raise Damaged(f"{path} does not match the SHA-256 in {record.name}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if missing := {"step", "config", "model", "optimizer", "tokenizer", "data"} - state.keys():
+            raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
+        return state
     except Damaged:
         raise
     except Exception as error:  # a file that is not what it says can break torch.load in any way
@@ -648,6 +652,16 @@ def load_weights(path: str | Path) -> tuple[dict, Path]:
         fail(f"cannot load {folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     tokenizer = prepare.tokenizer_to_dict(prepare.load_published_tokenizer(folder))
     return {"step": 0, "model": weights, "config": {"model": asdict(config)}, "tokenizer": tokenizer}, folder
+
+
+def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, Path]:
+    """The model on the CPU, its tokenizer, and the file or folder that they came from. Ends the program where it must."""
+    state, source = load_weights(path)
+    try:
+        model = model_with(GPTConfig(**state["config"]["model"]), state["model"])
+        return model, prepare.tokenizer_from_dict(state["tokenizer"]), source
+    except Exception as error:  # as in read_checkpoint
+        fail(f"{source} holds no model ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -715,7 +729,10 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]
         run = Path(given["out"]) if given.get("out") else newest_run()
         state, record = load_checkpoint(run)
         print(f"resuming {record.with_suffix('')}, step {state['step']}")
-        saved = flatten(state["config"]) | {"stop_at": None, "out": str(run)}
+        try:
+            saved = flatten(state["config"]) | {"stop_at": None, "out": str(run)}
+        except (AttributeError, TypeError):
+            fail(f"{record} holds no settings")
         for name, value in given.items():
             if name in saved and saved[name] != value:
                 print(f"changed by the command line: {name} from {saved[name]} to {value}")
@@ -771,14 +788,31 @@ def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
     return meta, *splits
 
 
-def check_fit(state: dict, meta: dict, config: TrainConfig, resume: bool) -> None:
-    """A model only understands the tokens it was trained on, and a resumed run goes on with its data and optimizer."""
-    if state["tokenizer"]["ranks"] != meta["tokenizer"]["ranks"]:
-        fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the tokenizer of the checkpoint")
-    if resume and state["data"] != [shard["sha256"] for shard in meta["train"]["shards"]]:
-        fail(f"{config.data} is not the data set that this run began with: prepare that one again, or start a new run")
-    if resume and state["config"]["optimizer"] != config.optimizer:
-        fail(f"{config.out} was trained with --optimizer {state['config']['optimizer']}, whose state no other can use")
+def fingerprint(meta: dict) -> list[str]:
+    return [shard["sha256"] for shard in meta["train"]["shards"]]
+
+
+def take_over(model: GPT, state: dict, meta: dict, config: TrainConfig, resume: bool) -> None:
+    """Load a checkpoint's weights, after making sure that all of it fits. A model only understands the tokens it was
+    trained on, and a resumed run goes on with its data and optimizer."""
+    try:
+        if state["tokenizer"]["ranks"] != meta["tokenizer"]["ranks"]:
+            fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the checkpoint's tokenizer")
+        model.load_state_dict(tie(config.model, state["model"]))
+        if not resume:
+            return
+        if state["data"] != fingerprint(meta):
+            fail(f"{config.data} is not the data set that this run began with: prepare that again, or start a new run")
+        if state["config"]["optimizer"] != config.optimizer:
+            fail(
+                f"{config.out} was trained with --optimizer {state['config']['optimizer']}: no other can use its state"
+            )
+        for name, tensor in state["optimizer"].items():
+            parameter = model.get_parameter(name.rpartition(".")[0])
+            if tensor.shape not in (parameter.shape, ()):
+                raise ValueError(f"{name} has shape {list(tensor.shape)}")
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        fail(f"the checkpoint does not fit: {' '.join(str(error).split())}")
 
 
 def train(given: dict, resume: bool) -> None:
@@ -788,8 +822,7 @@ def train(given: dict, resume: bool) -> None:
     config, run, state = open_run(given, resume) if rank == 0 else (None, None, None)
     config, run, resume = from_rank_0((config, run, resume and state is not None))
     meta, train_windows, val_windows = load_data(config)
-    fingerprint = [shard["sha256"] for shard in meta["train"]["shards"]]
-    agree("data set", {split: str(meta[split]) for split in prepare.SPLITS})
+    agree("data set", {"its SHA-256s": fingerprint(meta)})
 
     device, device_reason = choose_device(config.device)
     dtype, peak_flops, dtype_reason = from_rank_0(choose_dtype(config.dtype, device))
@@ -805,11 +838,7 @@ def train(given: dict, resume: bool) -> None:
     if rank == 0 and config.init and not resume:
         state = load_weights(config.init)[0]
     if state:
-        check_fit(state, meta, config, resume)
-        try:
-            model.load_state_dict(tie(config.model, state["model"]))
-        except RuntimeError as error:
-            fail(f"the checkpoint does not fit the model asked for: {str(error).splitlines()[1].strip()}")
+        take_over(model, state, meta, config, resume)
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), src=0)
     parallel = spread(model, config, device)
@@ -870,7 +899,7 @@ def train(given: dict, resume: bool) -> None:
         start = time.monotonic()
         finish_writing()
         state = snapshot(model, optimizers)
-        state |= {"step": step, "config": asdict(config), "tokenizer": meta["tokenizer"], "data": fingerprint}
+        state |= {"step": step, "config": asdict(config), "tokenizer": meta["tokenizer"], "data": fingerprint(meta)}
         if rank == 0:
             writing = writer.submit(save_checkpoint, run, step, state, config.keep)
             metrics.write(step=step, save_stall=time.monotonic() - start)

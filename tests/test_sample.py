@@ -70,11 +70,8 @@ def test_a_seed_repeats_a_draw_and_another_seed_does_not(call, run, capsys):
 
 def test_continuations_in_a_batch_are_those_of_a_model_alone(run):
     """Greedy, so that all three are the one that a batch of one gives."""
-    state, _ = sample.load_weights(run)
-    model, tokenizer = (
-        sample.model_with(sample.GPTConfig(**state["config"]["model"]), state["model"]).eval(),
-        sample.tokenizer_from_dict(state["tokenizer"]),
-    )
+    model, tokenizer, _ = sample.load_model(run)
+    model.eval()
     texts = {}
     for n in (1, 3):
         args = Namespace(n=n, stop=None, temperature=0.0, top_k=None, top_p=None, tokens=30)

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from conftest import ROOT, TINY, shell, words
 
 import prepare
 import train
-from model import GPT, GPTConfig, model_with
+from model import GPT, GPTConfig
 
 
 def rows(run: Path, key: str) -> dict[int, float]:
@@ -154,11 +155,10 @@ def test_evaluation_leaves_training_as_it_is(call, data, tmp_path):
 
 
 def test_the_validation_loss_is_that_of_the_saved_model_on_the_held_out_text(run, data):
-    state = state_of(run, 20)
     meta, shards = prepare.load_dataset(data)
     tokens = torch.tensor(np.concatenate(shards["val"]).astype(np.int64))
     n = (len(tokens) - 1) // 16
-    model = model_with(GPTConfig(**state["config"]["model"]), state["model"]).eval()
+    model = train.load_model(run / "step-00000020.pt")[0].eval()
     with torch.no_grad():
         loss = model(tokens[: n * 16].view(n, 16), tokens[1 : n * 16 + 1].view(n, 16)).item()
     assert rows(run, "val_loss")[20] == pytest.approx(loss, abs=1e-5)
@@ -285,12 +285,62 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run):
 
 def test_a_worse_evaluation_never_replaces_the_best(tmp_path):
     for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, 2.2)):
-        train.save_checkpoint(tmp_path, step, {"step": step}, keep=1)
+        state = {"step": step, **dict.fromkeys(("config", "model", "optimizer", "tokenizer", "data"), {})}
+        train.save_checkpoint(tmp_path, step, state, keep=1)
         if loss < train.read_best(tmp_path).get("val_loss", math.inf):
             train.mark_best(tmp_path, step, loss)
     assert train.load_checkpoint(tmp_path / "best.json")[0]["step"] == 2
     assert train.load_checkpoint(tmp_path)[0]["step"] == 4
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step-00000002.pt", "step-00000004.pt"]
+
+
+@pytest.mark.parametrize("call_number", range(14))
+def test_a_kill_at_any_call_of_a_save_loses_nothing(run, call_number):
+    """The process is killed when it is about to make its n-th call that changes the disk. Two checkpoints are kept."""
+    state = state_of(run, 20)
+    if not (child := os.fork()):
+        calls = iter(range(call_number))
+        for name in ("fsync", "replace", "unlink", "open", "write"):
+            real = getattr(os, name)
+
+            def counted(*arguments, real=real, **more):
+                if next(calls, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **more)
+
+            setattr(os, name, counted)
+        train.save_checkpoint(run, 25, {**state, "step": 25}, keep=2)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    whole = [step for step in (5, 10, 15, 20, 25) if (run / f"step-{step:08d}.json").exists() and state_of(run, step)]
+    assert len(whole) >= 2 and whole[-1] == train.load_checkpoint(run)[0]["step"] >= 20
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_is_whole(run, refused):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        told = refused(train, "--out", run, "--resume", "--steps", 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot save in" in told and "make room and --resume" in told
+    assert train.load_checkpoint(run)[0]["step"] == 20
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_second_signal_during_the_save_does_not_break_it(call, data, tmp_path, monkeypatch):
+    save_checkpoint = train.save_checkpoint
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_checkpoint(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "save_checkpoint", interrupted)
+    call(train, *TINY, "--data", data, "--out", "r", "--steps", 50, "--save_every", 7)
+    step = max(rows(tmp_path / "r", "loss"))
+    assert step < 50 and train.load_checkpoint(tmp_path / "r")[0]["step"] == step
 
 
 def damage(path: Path, how: str) -> None:
@@ -432,7 +482,9 @@ def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path
     assert "not the data set that this run began with" in refused(
         train, "--out", run, "--resume", "--data", "data/other"
     )
-    assert "not with the tokenizer" in refused(train, "--init", run, "--data", "data/bpe", "--vocab_size", 300)
+    assert "not with the checkpoint's tokenizer" in refused(
+        train, "--init", run, "--data", "data/bpe", "--vocab_size", 300
+    )
 
 
 def test_the_whole_way_from_the_shell(tmp_path):

@@ -1,0 +1,317 @@
+"""Faults, many times each, and what became of them: the table in the README. pytest does not collect this file.
+
+    python tests/faults.py                          all of them, about half an hour on two cores
+    python tests/faults.py --kill 50 --fuzz 2000    these two
+
+Each line says how often a fault was caused and how often it ended otherwise than it should; the exit status is the
+number of such lines.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import model as model_file
+import prepare
+import train
+
+TINY = "--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4".split()
+QUICK = [*TINY, "--data", "set", "--eval_every", "1000000", "--log_every", "1", "--dropout", "0.1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+RESTARTS = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def start(*arguments, torchrun: list[str] | None = None) -> subprocess.Popen:
+    launcher = [sys.executable] if torchrun is None else TORCHRUN + torchrun
+    command = [*launcher, str(ROOT / "train.py"), *QUICK, *map(str, arguments)]
+    return subprocess.Popen(command, env=RESTARTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+
+
+def last_step(run: str) -> int:
+    try:
+        return max(json.loads(row)["step"] for row in Path(run, "metrics.jsonl").read_text().split("\n")[:-1])
+    except (OSError, ValueError):
+        return 0
+
+
+def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
+    while process.poll() is None and last_step(run) < step:
+        time.sleep(0.01)
+
+
+def ranks(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def newest(run: str) -> dict:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return train.load_checkpoint(run)[0]
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[kind][name], b[kind][name]) for kind in ("model", "optimizer") for name in a[kind])
+
+
+def straight(steps: int) -> dict:
+    shutil.rmtree("straight", ignore_errors=True)
+    start("--out", "straight", "--steps", steps).communicate()
+    return newest("straight")
+
+
+def kills(n: int) -> tuple[int, str]:
+    """kill -9 at random instants of a run that saves at each step, which is resumed each time."""
+    lost = step = 0
+    for _ in range(n):
+        process = start("--out", "killed", "--steps", 100 * n, "--save_every", 1, "--resume", "--stop_at", 100 * n)
+        wait_for_step(process, "killed", step + 2)
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        lost += newest("killed")["step"] < last_step("killed") - 2  # one is being written, one being computed
+        step = newest("killed")["step"]
+    start("--out", "killed", "--resume", "--steps", 100 * n, "--stop_at", step + 1).communicate()
+    start("--out", "straight", "--steps", 100 * n, "--stop_at", step + 1).communicate()
+    equal = same(newest("killed"), newest("straight"))
+    return lost + (not equal), f"{n} kills: {lost} checkpoints lost; step {step + 1} bit for bit as without: {equal}"
+
+
+def resumes(n: int) -> tuple[int, str]:
+    """Stop and resume n times, across the end of an epoch."""
+    for i in range(n):
+        start("--out", "resumed", "--steps", 10 * n, "--stop_at", 10 * (i + 1), "--resume").communicate()
+    equal = same(newest("resumed"), straight(10 * n))
+    return not equal, f"{n} resumes: same final bits as a straight run: {equal}"
+
+
+def flips(n: int) -> tuple[int, str]:
+    """Flip one bit of the newest checkpoint."""
+    start("--out", "flipped", "--steps", 2, "--save_every", 1).communicate()
+    path = Path("flipped/step-00000002.pt")
+    whole, missed = path.read_bytes(), 0
+    for _ in range(n):
+        damaged = bytearray(whole)
+        damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        missed += newest("flipped")["step"] != 1
+    return missed, f"{n} flipped bits: {n - missed} noticed, the checkpoint before taken"
+
+
+def signals(n: int) -> tuple[int, str]:
+    """SIGTERM or SIGINT to torchrun, SIGUSR1 to one of two ranks, at random instants."""
+    wrong = 0
+    for i in range(n):
+        shutil.rmtree("signalled", ignore_errors=True)
+        process = start("--out", "signalled", "--steps", 10**6, "--save_every", 10**6, torchrun=[])
+        wait_for_step(process, "signalled", 3)
+        time.sleep(random.uniform(0, 0.2))
+        number, pid = [
+            (signal.SIGTERM, process.pid),
+            (signal.SIGINT, process.pid),
+            (signal.SIGUSR1, ranks(process)[i % 2]),
+        ][i % 3]
+        os.kill(pid, number)
+        process.communicate()
+        wrong += newest("signalled")["step"] != last_step("signalled")
+    return wrong, f"{n} signals: {n - wrong} times all ranks saved the step that they had made"
+
+
+def killed_ranks(n: int) -> tuple[int, str]:
+    """kill -9 one rank of two; torchrun restarts both."""
+    wrong, seconds = 0, []
+    wanted = straight(120)
+    for i in range(n):
+        shutil.rmtree("restarted", ignore_errors=True)
+        flags = ["--out", "restarted", "--steps", 120, "--save_every", 5, "--resume"]
+        process = start(*flags, torchrun=["--max-restarts=3"])
+        wait_for_step(process, "restarted", 20)
+        os.kill(ranks(process)[i % 2], signal.SIGKILL)
+        began, step = time.monotonic(), last_step("restarted")
+        wait_for_step(process, "restarted", step + 1)
+        seconds.append(time.monotonic() - began)
+        process.communicate()
+        state = newest("restarted")
+        close = [torch.allclose(state["model"][name], wanted["model"][name], atol=0.1) for name in wanted["model"]]
+        wrong += process.returncode != 0 or state["step"] != 120 or not all(close)
+    return wrong, f"{n} killed ranks: {n - wrong} runs completed; back at work after {sorted(seconds)[n // 2]:.0f} s"
+
+
+def orphans(n: int) -> tuple[int, str]:
+    """kill -9 torchrun itself: its ranks save and leave."""
+    left = 0
+    for _ in range(n):
+        shutil.rmtree("orphaned", ignore_errors=True)
+        process = start("--out", "orphaned", "--steps", 10**6, torchrun=[])
+        wait_for_step(process, "orphaned", 5)
+        workers = ranks(process)
+        process.kill()
+        time.sleep(10)
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                left += 1
+        process.communicate()
+        left += newest("orphaned")["step"] != last_step("orphaned")
+    return left, f"{n} killed torchruns: {left} ranks left after 10 s, or steps lost"
+
+
+def prepares(n: int) -> tuple[int, str]:
+    """kill -9 prepare.py at random instants: no data set, or a whole one."""
+    Path("long.txt").write_text(Path("text.txt").read_text() * 200)
+    half = 0
+    for _ in range(n):
+        shutil.rmtree("cut", ignore_errors=True)
+        command = [sys.executable, str(ROOT / "prepare.py"), "long.txt", "--out", "cut", "--tokenizer", "byte"]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        time.sleep(random.uniform(0.2, 2))
+        process.kill()
+        process.wait()
+        if Path("cut/meta.json").exists():
+            prepare.load_dataset("cut")
+        else:
+            half += not refused(lambda: prepare.load_dataset("cut"))
+    return half, f"{n} killed preparations: {half} half data sets accepted"
+
+
+def refused(read: Callable) -> bool:
+    """Whether a reader ends the program with one sentence and status 2."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+            read()
+    except SystemExit as end:
+        return end.code == 2 and told.getvalue().splitlines()[-1].count(": error: ") == 1
+    return False
+
+
+def mutants(whole: bytes, n: int) -> Iterator[bytes]:
+    """Random bytes, the file cut short, bytes and numbers in it changed."""
+    for i in range(n):
+        cut = random.randrange(len(whole))
+        if i % 4 == 0:
+            yield random.randbytes(random.randrange(2000))
+        elif i % 4 == 1:
+            yield whole[:cut]
+        elif i % 4 == 2:
+            changed = bytearray(whole)
+            for _ in range(random.randrange(1, 8)):
+                changed[random.randrange(len(whole))] = random.randrange(256)
+            yield bytes(changed)
+        else:
+            digits = [j for j in range(len(whole)) if whole[j : j + 1].isdigit()] or [0]
+            at = random.choice(digits)
+            yield (
+                whole[:at]
+                + random.choice([b"99999999999999", b"-1", b"null", b'"x"', b"1e99", b"[]"])
+                + whole[at + 1 :]
+            )
+
+
+def fuzz(n: int) -> tuple[int, str]:
+    """Damage each file that is read, its SHA-256 made to match again: it is read, or refused with one sentence."""
+    start("--out", "fuzzed", "--steps", 1).communicate()
+    model = train.load_model("fuzzed")[0]
+    Path("published").mkdir()
+    model_file.save_published(Path("published"), model.config, model.state_dict())
+    prepare.save_published_tokenizer(Path("published"), train.load_model("fuzzed")[1])
+
+    def sign(path: Path, record: Path) -> None:
+        text = record.read_text()
+        old = next(part for part in text.split('"') if len(part) == 64)
+        record.write_text(text.replace(old, hashlib.sha256(path.read_bytes()).hexdigest()))
+
+    def settings() -> None:
+        sys.argv = ["train.py", "--config", "config.json"]
+        given, _ = train.parse_command_line()
+        try:
+            train.build_config(given)
+        except (ValueError, TypeError) as error:
+            prepare.fail(str(error))
+
+    shutil.copy("fuzzed/config.json", "config.json")
+    checkpoint, record, meta = Path("fuzzed/step-00000001.pt"), Path("fuzzed/step-00000001.json"), Path("set/meta.json")
+    readers: list[tuple[Path, Path | None, Callable]] = [
+        (checkpoint, record, lambda: train.load_model("fuzzed")),
+        (record, None, lambda: train.load_model("fuzzed")),
+        (Path("set/train-00000.npy"), meta, lambda: prepare.load_dataset("set")),
+        (meta, None, lambda: prepare.load_dataset("set")),
+        (Path("config.json"), None, settings),
+        (Path("published/config.json"), None, lambda: train.load_model("published")),
+        (Path("published/model.safetensors"), None, lambda: train.load_model("published")),
+        (Path("published/tokenizer.json"), None, lambda: train.load_model("published")),
+    ]
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    wrong = accepted = 0
+    for path, signature, read in readers:
+        whole, signed = path.read_bytes(), signature.read_bytes() if signature else b""
+        for mutant in mutants(whole, -(-n // len(readers))):
+            path.write_bytes(mutant)
+            if signature:
+                signature.write_bytes(signed)
+                sign(path, signature)
+            try:
+                if not refused(read):
+                    accepted += 1
+            except BaseException as error:
+                wrong += 1
+                print(f"  {path}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        path.write_bytes(whole)
+        if signature:
+            signature.write_bytes(signed)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return wrong, f"{n} damaged files: {wrong} tracebacks, {accepted} harmless, at most {peak:.1f} GB of memory"
+
+
+FAULTS = {
+    "kill": (kills, 50),
+    "resume": (resumes, 10),
+    "flip": (flips, 100),
+    "signal": (signals, 20),
+    "rank": (killed_ranks, 3),
+    "orphan": (orphans, 3),
+    "prepare": (prepares, 20),
+    "fuzz": (fuzz, 2000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (cause, n) in FAULTS.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{cause.__doc__.split(':')[0]} ({n} times)")
+    asked = {name: n for name, n in vars(parser.parse_args()).items() if n is not None}
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        random.seed(1)
+        words = "the a model learns to write what it has read one token after another naïve 你好 \n".split(" ")
+        Path("text.txt").write_text(" ".join(random.choices(words, k=3000)))
+        with contextlib.redirect_stderr(io.StringIO()):
+            prepare.prepare(["text.txt"], "set", "byte", 0.1)
+        for name, n in (asked or {name: n for name, (_, n) in FAULTS.items()}).items():
+            wrong, told = FAULTS[name][0](n)
+            print(f"{'WRONG ' if wrong else 'ok    '}{told}", flush=True)
+            bad += bool(wrong)
+        os.chdir(ROOT)
+    sys.exit(bad)
+
+
+if __name__ == "__main__":
+    main()
