@@ -400,6 +400,19 @@ class GPT(nn.Module):
             idle += (len(module.experts) - module.n_active) * expert
         return self.n_params() - idle
 
+    def activations_per_token(self) -> int:
+        """How many numbers a forward pass keeps of a token of a full sequence for the backward pass, without logits."""
+        c = self.config
+        heads, kv_heads = c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim
+        attention = 2 * c.n_embd + 2 * heads + kv_heads  # both sides of the norm; queries, keys, values, and the output
+        attention += (c.qk_norm + (c.position == "rope")) * (heads + kv_heads // 2)  # queries and keys at each stage
+        if c.attention_cap:
+            attention += 5 * c.n_head * c.seq_len  # scores, which the capped attention holds at each stage
+        mlp = c.n_embd + (4 if c.gated else 2) * c.n_inner  # the input; gate, up, activation and product, or up and it
+        visits = c.n_expert_active if c.n_expert else 1
+        experts = 2 * c.n_embd * visits if c.n_expert else 0  # tokens gathered, and their outputs before the gates
+        return c.n_layer * (attention + c.n_embd + visits * mlp + experts + 2 * c.n_embd * c.post_norm)
+
     def flops_per_token(self) -> int:
         """Training FLOPs per token of a full sequence: 6 for each weight in a matrix product (2 forward, 4 backward),
         and 12 L H D S for attention (PaLM, appendix B). An embedding that is only looked up costs nothing."""

@@ -30,15 +30,17 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import socket
+import statistics
 import sys
 import time
 import traceback
 import types
 import typing
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -167,8 +169,8 @@ def flatten(config: dict) -> dict:
     return {name: value for name, value in config.items() if name != "model"} | config.get("model", {})
 
 
-def parse_command_line() -> tuple[dict, bool]:
-    """The settings given by flags and by --config's file, flat, and whether to resume."""
+def parse_command_line() -> tuple[dict, bool, argparse.Namespace]:
+    """The settings given by flags and by --config's file, flat; whether to resume; and what is asked of a plan."""
     parser = argparse.ArgumentParser(
         usage="train.py [--preset NAME] [--SETTING VALUE ...] [--resume]",
         description=__doc__,
@@ -183,7 +185,14 @@ def parse_command_line() -> tuple[dict, bool]:
     parser.add_argument("--config", metavar="FILE.json", help="settings from a file, such as a run's config.json")
     add_flags(parser, "training", TrainConfig)
     add_flags(parser, "model", GPTConfig)
+    planning = parser.add_argument_group("planning")
+    planning.add_argument("--plan", action="store_true", default=False, help="say what the run will take, and stop")
+    planning.add_argument("--gpus", type=int, metavar="INT", default=None, help="plan for a cluster of so many")
+    planning.add_argument("--gpu", choices=ACCELERATORS, default="H100", type=str.upper, help="of this kind (H100)")
+    planning.add_argument("--mfu", type=float, metavar="FLOAT", default=0.4, help="at this share of their peak (0.4)")
+    planning.add_argument("--tokens", type=float, metavar="FLOAT", default=None, help="tokens to train on, for --steps")
     given = vars(parser.parse_args())
+    asked = argparse.Namespace(**{name: given.pop(name) for name in ("plan", "gpus", "gpu", "mfu", "tokens")})
     resume, file = given.pop("resume"), given.pop("config", None)
     if file is not None:
         try:
@@ -191,7 +200,7 @@ def parse_command_line() -> tuple[dict, bool]:
         except (OSError, ValueError, AttributeError, TypeError) as error:
             fail(f"cannot read settings from {file}: {error}")
         given = {**from_file, "out": None, **given}
-    return given, resume
+    return given, resume, asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,8 +327,22 @@ def piece(tensor: Tensor, like: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine: device, number format, speed
 
-# Published peaks of dense bfloat16 products, FLOP/s.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+@dataclass
+class Accelerator:
+    """What its maker publishes."""
+
+    flops: float  # dense bfloat16 products per second
+    memory: float  # bytes
+    link: float  # bytes per second to the others in its node, each way
+
+
+ACCELERATORS = {
+    "A100": Accelerator(312e12, 80e9, 300e9),
+    "H100": Accelerator(989e12, 80e9, 450e9),
+    "H200": Accelerator(989e12, 141e9, 450e9),
+    "B200": Accelerator(2250e12, 192e9, 900e9),
+}
 
 
 def measured_peak(dtype: torch.dtype) -> float:
@@ -356,7 +379,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, float | 
         native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         reason = "as set" if dtype else "it has bfloat16 units" if native else "it has no bfloat16 units"
         dtype = dtype or (torch.bfloat16 if native else torch.float32)
-        known = [peak for model_name, peak in PEAK_FLOPS.items() if model_name in gpu and dtype == torch.bfloat16]
+        known = [a.flops for name, a in ACCELERATORS.items() if name in gpu and dtype == torch.bfloat16]
         return dtype, known[0] if known else None, reason
     if dtype:
         return dtype, measured_peak(dtype), "as set"
@@ -717,6 +740,164 @@ def clock(seconds: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The plan: what a run will take, before it takes it
+
+# Assumed of clusters. Nodes of eight GPUs with a 400 Gbit/s port each; failures as Meta reported for Llama 3.
+NODE_GPUS, NODE_LINK, HOP_SECONDS = 8, 400e9, 10e-6
+FAILURES_PER_GPU_DAY, RESTART_SECONDS, COPY_BYTES_PER_SECOND = 4.74e-4, 600.0, 20e9
+
+
+def predicted_loss(n_params: float, tokens: float) -> float:
+    """Nats per token of web text (Hoffmann et al., 2022, as Besiroglu et al. corrected the fit in 2404.10102)."""
+    return 1.8172 + 482.01 / n_params**0.3478 + 2085.43 / tokens**0.3658
+
+
+def optimal_tokens(n_params: float) -> float:
+    """Where that loss is least for its compute, 6 x parameters x tokens."""
+    return (0.3658 * 2085.43 / (0.3478 * 482.01) * n_params**0.3478) ** (1 / 0.3658)
+
+
+def memory_parts(model: GPT, config: TrainConfig, shard: int, size: int) -> dict[str, float]:
+    """Bytes on each device, by part; `size` is that of a number in activations."""
+    n, tokens = model.n_params(), config.micro_batch * config.model.seq_len
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) if config.optimizer == "muon" else 0
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    return {
+        "weights": 4 * n / shard + (2 * 4 * block if shard > 1 else 0),  # sharded: this block's, and the next one's
+        "gradients": 4 * n / shard,
+        "optimizer": (4 * matrices + 8 * (n - matrices)) / shard,
+        "activations": size * tokens * model.activations_per_token(),
+        "logits": (8 + size) * tokens * config.model.vocab_size,  # themselves, their softmax, their gradient
+    }
+
+
+def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, shard: int, link: float) -> float:
+    """Time in which a step's float32 weights and gradients pass the narrowest link, in rings."""
+    n_bytes, n_micro = 4 * model.n_params(), config.batch_tokens / gpus / (config.micro_batch * config.model.seq_len)
+
+    def ring(payload: float, members: int) -> float:  # an all-gather or a reduce-scatter
+        width = link if members <= NODE_GPUS else NODE_LINK
+        return payload * (members - 1) / members / width + (members - 1) * HOP_SECONDS
+
+    sharded = (2 * max(n_micro, 1) + 1) * ring(n_bytes, shard)  # gathered forwards and backwards, gradients scattered
+    return sharded + 2 * ring(n_bytes / shard, gpus // shard)  # and averaged over the copies
+
+
+def compute_seconds(model: GPT, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> float:
+    """Seconds of a step at a share `mfu` of the published peak."""
+    return model.flops_per_token() * config.batch_tokens / (gpus * ACCELERATORS[gpu].flops * mfu)
+
+
+def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int | None) -> Iterator[str]:
+    """What a run will take on a cluster, computed from published peaks, a line at a time; then what speaks against it."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    device, shard = ACCELERATORS[gpu], config.shard
+    n, active, flops = model.n_params(), model.n_active_params(), model.flops_per_token()
+    tokens = config.steps * config.batch_tokens
+    loss, per_gpu = predicted_loss(active, tokens), config.batch_tokens / gpus
+    parts = memory_parts(model, config, shard, size=2)
+    compute = compute_seconds(model, config, gpu, gpus, mfu)
+    traffic = traffic_seconds(model, config, gpus, shard, device.link)
+    seconds = max(compute, traffic)  # what does not hide behind compute is waited for
+    days = config.steps * seconds / 86400
+    failures = FAILURES_PER_GPU_DAY * gpus
+    between = 86400 / failures
+    state = parts["optimizer"] * shard + 4 * n
+    stall = state / COPY_BYTES_PER_SECOND
+    interval = math.sqrt(2 * stall * between)  # Young, 1974
+    lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
+    used, memory = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
+
+    yield f"machine    {gpus:,} x {gpu}, {device.flops * mfu / 1e12:,.0f} TFLOP/s each at {mfu:.0%} utilisation, assumed"
+    yield f"model      {n:,} parameters, {active:,} active; {flops:,} FLOP per token"
+    yield f"tokens     {tokens:.3g} in {config.steps:,} steps of {config.batch_tokens:,}; least compute for its loss at"
+    yield f"           {optimal_tokens(active):.3g}. Loss {loss:.2f} by the law for web text: an extrapolation above 16B"
+    yield f"           parameters, for experts a guess from the active ones, for other text not a prediction"
+    if data_tokens:
+        yield f"data       {data_tokens:,} tokens: {tokens / data_tokens:.2f} epochs"
+    yield f"compute    {flops * tokens:.3g} FLOP; {seconds:,.3g} s a step, {config.batch_tokens / seconds:,.0f} tokens/s"
+    yield f"time       {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
+    yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {memory}"
+    yield f"network    {traffic:,.3g} s a step on the narrowest link, beside {compute:,.3g} s of compute"
+    yield f"failures   {failures:,.2g} a day, assumed; checkpoints of {state / 1e9:,.1f} GB every {clock(interval)} lose the"
+    yield f"           least: {lost:.1%} of the time, restarts of {clock(RESTART_SECONDS)} included"
+
+    if used > device.memory:
+        divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
+        fits = (s for s in divisors if sum(memory_parts(model, config, s, 2).values()) <= device.memory)
+        smallest = next(fits, None)
+        piece_too_large = (
+            f"no --shard makes it fit, since activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB"
+        )
+        yield "warning: it does not fit: " + (f"use --shard {smallest}" if smallest else piece_too_large)
+    sequences = config.batch_tokens // config.model.seq_len
+    if gpus > sequences:
+        yield f"warning: {gpus:,} GPUs share {sequences:,} sequences a step, so some have none: data parallelism ends at that"
+    if traffic > compute:
+        enough = per_gpu * traffic / compute
+        yield f"warning: {per_gpu:,.0f} tokens a GPU and step do not hide the traffic, which takes about {enough:,.0f}"
+    if gpus > sequences or traffic > compute:
+        yield "         larger clusters add tensor, pipeline and expert parallelism, which this program does not have"
+    if config.batch_tokens > (critical := 2e8 / loss**4.76):  # Kaplan et al., 2020
+        yield f"warning: batches above the critical size, about {critical:,.0f} tokens at this loss, buy little"
+    if state > 1e12:
+        yield f"warning: a checkpoint of {state / 1e12:.1f} TB is gathered on rank 0; larger programs write it in pieces"
+    if lost > 0.1:
+        yield f"warning: failures take {lost:.0%} of the time"
+    if data_tokens and tokens > 4 * data_tokens:  # Muennighoff et al., 2023
+        yield "warning: the data runs out: beyond about four epochs, text seen again teaches little"
+
+
+def plan_cluster(given: dict, asked: argparse.Namespace) -> None:
+    """Print the plan of a run on GPUs that are not here, for the data set where it is."""
+    try:
+        config = build_config(given)
+    except (ValueError, TypeError) as error:
+        fail(str(error))
+    meta = {}
+    if Path(config.data, "meta.json").exists():
+        meta, _ = prepare.load_dataset(config.data, verify=False)
+    config.model.vocab_size = config.model.vocab_size or meta.get("vocab_size") or fail("give --vocab_size")
+    if asked.tokens:
+        config.steps = math.ceil(asked.tokens / config.batch_tokens)
+    if not (asked.gpus > 0 and 0 < asked.mfu <= 1 and asked.gpus % config.shard == 0):
+        fail(f"--gpus {asked.gpus} is not a multiple of --shard {config.shard}, or --mfu {asked.mfu} not in (0, 1]")
+    print(f"plan for {config.preset}")
+    data_tokens = meta["train"]["tokens"] if meta and "data" in given else None
+    for line in plan(config, asked.gpu, asked.gpus, asked.mfu, data_tokens):
+        print(line)
+
+
+def resident_bytes() -> float:
+    """Main memory that this process has used at most so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def plan_here(
+    model: GPT, config: TrainConfig, train_step: Callable[[int], None], val_windows: Windows, before: float
+) -> Iterator[str]:
+    """What a run will take on this machine, from a few measured steps; `before` is the memory in use without it."""
+    seconds = []
+    for step in range(4):
+        start = time.perf_counter()
+        train_step(step)
+        seconds.append(time.perf_counter() - start)
+    step_seconds = statistics.median(seconds[1:])  # the first one warms up
+    evaluated = min(config.eval_tokens, val_windows.n_tokens) * math.ceil(config.steps / config.eval_every)
+    evaluation = evaluated * step_seconds / config.batch_tokens / 3  # forward is a third of a step
+    parts = {"program": before, **memory_parts(model, config, config.shard, 4 if config.dtype == "float32" else 2)}
+    parts["checkpoint"] = parts["weights"] + parts["optimizer"]
+    tokens = config.steps * config.batch_tokens
+    yield f"tokens   {tokens:.3g}; {optimal_tokens(model.n_active_params()):.3g} would need the least compute for their loss"
+    yield f"time     {clock(config.steps * step_seconds + evaluation)}: {config.steps:,} steps of {step_seconds:.3g} s, as measured,"
+    yield f"         and {clock(evaluation)} of evaluation"
+    memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
+    yield f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -804,9 +985,7 @@ def take_over(model: GPT, state: dict, meta: dict, config: TrainConfig, resume: 
         if state["data"] != fingerprint(meta):
             fail(f"{config.data} is not the data set that this run began with: prepare that again, or start a new run")
         if state["config"]["optimizer"] != config.optimizer:
-            fail(
-                f"{config.out} was trained with --optimizer {state['config']['optimizer']}: no other can use its state"
-            )
+            fail(f"{config.out} was trained with --optimizer {state['config']['optimizer']}, whose state it needs")
         for name, tensor in state["optimizer"].items():
             parameter = model.get_parameter(name.rpartition(".")[0])
             if tensor.shape not in (parameter.shape, ()):
@@ -815,7 +994,8 @@ def take_over(model: GPT, state: dict, meta: dict, config: TrainConfig, resume: 
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())}")
 
 
-def train(given: dict, resume: bool) -> None:
+def train(given: dict, resume: bool, plan_only: bool = False) -> None:
+    """All of a run, on each rank: prepare, build, spread, resume; then step, log, save and evaluate until it is over."""
     started = time.monotonic()
     rank, world = dist.get_rank(), dist.get_world_size()
     agree("version or setting", {"torch": torch.__version__, "resume": resume, **given})
@@ -831,6 +1011,7 @@ def train(given: dict, resume: bool) -> None:
     compile_reason = "as set" if config.compile is not None else "pays on CUDA, only in long runs elsewhere"
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
+    memory_before = resident_bytes()
     # Build the model, or take it from a checkpoint, on rank 0; give it to all ranks, and spread it over them. The plain
     # one stays beside the wrapped and the compiled one, to save and to sample.
     torch.manual_seed(config.seed)
@@ -851,6 +1032,35 @@ def train(given: dict, resume: bool) -> None:
     trained = torch.compile(parallel) if compiling else parallel
 
     rows = config.batch_tokens // config.model.seq_len // world  # of each rank
+
+    def gradients(step: int) -> tuple[Tensor, Tensor]:
+        """Leave the clipped mean gradient of a step's batch. Returns this rank's mean loss, and the norm before."""
+        indices = train_windows.batch_indices(config.seed, step, rows * world)
+        loss = torch.zeros((), device=device)
+        for row in range(rank * rows, (rank + 1) * rows, config.micro_batch):
+            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, row)).generate_state(1)[0]))  # dropout
+            inputs, targets = train_windows.get(indices[row : row + config.micro_batch], device)
+            sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
+            with autocast:
+                micro_loss = trained(inputs, targets) * (config.micro_batch / rows)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        return loss, whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+
+    def update(step: int) -> None:
+        """Apply the gradient, and clear it."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, config)
+            optimizer.step()
+        model.zero_grad()
+
+    model.train()
+    if plan_only:
+        print(f"plan for {config.preset} on this machine: {describe_processes(device)}, {device}, {config.dtype}")
+        for line in plan_here(model, config, lambda step: (gradients(step), update(step)), val_windows, memory_before):
+            print(line)
+        return
     stop_at = config.stop_at or config.steps
     if step >= stop_at:
         stop(f"{run} is at step {step} already: give more --steps, or a later --stop_at, to go on")
@@ -883,7 +1093,7 @@ def train(given: dict, resume: bool) -> None:
     writing.set_result(None)
     best_loss = read_best(run).get("val_loss", math.inf)
     signalled = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGINT)}:  # Windows has no third
         signal.signal(number, lambda number, frame: signalled.append(number))
     parent = os.getppid()
 
@@ -904,29 +1114,14 @@ def train(given: dict, resume: bool) -> None:
             writing = writer.submit(save_checkpoint, run, step, state, config.keep)
             metrics.write(step=step, save_stall=time.monotonic() - start)
 
-    model.train()
     first_step, loop_started = step, time.monotonic()
     last_log, last_step = loop_started, step
     skipped, leaving = 0, False
     while not leaving:
         # step
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, config)
-        indices = train_windows.batch_indices(config.seed, step, rows * world)
-        loss = torch.zeros((), device=device)
-        for row in range(rank * rows, (rank + 1) * rows, config.micro_batch):
-            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, row)).generate_state(1)[0]))  # dropout
-            inputs, targets = train_windows.get(indices[row : row + config.micro_batch], device)
-            sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
-            with autocast:
-                micro_loss = trained(inputs, targets) * (config.micro_batch / rows)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+        loss, grad_norm = gradients(step)
         if torch.isfinite(grad_norm):
-            for optimizer in optimizers:
-                optimizer.step()
+            update(step)
         else:
             skipped += 1
             finite = [None] * world
@@ -937,7 +1132,7 @@ def train(given: dict, resume: bool) -> None:
                 finish_writing()
                 stop(f"{bad}; the step was not made: --resume with a lower --lr, or with --skip_bad_steps")
             console.line(f"{bad}; skipped")
-        model.zero_grad()
+            model.zero_grad()
         step += 1
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent  # torchrun itself was killed
         asked_to_leave = any(summed(len(signalled) + orphaned))
@@ -954,7 +1149,8 @@ def train(given: dict, resume: bool) -> None:
             row |= dict(seconds=now - started, tokens_per_second=speed, skipped=skipped)
             line = f"step {step:5,}/{config.steps:,}  loss {row['loss']:.4f}  {speed:9,.0f} tokens/s"
             if experts := model.experts():
-                row["expert_load"] = [expert.load.tolist() for expert in experts]
+                loads = torch.stack([expert.load for expert in experts])
+                row["expert_load"] = (torch.tensor(summed(*loads.flatten())).view_as(loads) / world).tolist()
             if peak_flops:
                 row["mfu"] = speed * model.flops_per_token() / (peak_flops * world)
                 line += f"  {row['mfu']:4.0%} of peak"
@@ -969,7 +1165,7 @@ def train(given: dict, resume: bool) -> None:
             save()
 
         # evaluate
-        if step % config.eval_every == 0 or step == stop_at:
+        if step == stop_at or (step % config.eval_every == 0 and not leaving):
             val_loss, error = evaluate(model, val_windows, config, device, autocast)
             bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
             console.line(
@@ -1008,11 +1204,13 @@ def train(given: dict, resume: bool) -> None:
 
 
 def main() -> None:
-    given, resume = parse_command_line()
+    given, resume, asked = parse_command_line()
+    if asked.gpus is not None:
+        return plan_cluster(given, asked)
     store = start_processes(given.get("timeout", TrainConfig.timeout))
     status = 0
     try:
-        train(given, resume)
+        train(given, resume, asked.plan)
     except SystemExit as end:
         status = end.code
     except Exception as error:

@@ -1,0 +1,153 @@
+"""The plan of a run, against published runs: what they were and what their authors measured."""
+
+import re
+
+import pytest
+import torch
+
+import train
+from model import GPT, PRESETS, GPTConfig
+
+GPT3_MLP = dict(norm="layer", position="learned", qk_norm=False, activation="gelu", gated=False, bias=True)
+SHAPES = {
+    "gpt2": PRESETS["gpt2"],
+    "llama3-8b": PRESETS["llama3-8b"],
+    "llama3-405b": PRESETS["llama3-405b"],
+    "megascale-175b": dict(GPT3_MLP, vocab_size=51200, seq_len=2048, n_layer=96, n_head=96, n_embd=12288, tied=True),
+    "palm-540b": dict(
+        vocab_size=256000,
+        seq_len=2048,
+        n_layer=118,
+        n_head=48,
+        n_kv_head=1,
+        head_dim=256,
+        n_embd=18432,
+        n_inner=73728,
+        tied=True,
+        qk_norm=False,
+    ),
+}
+RUNS = [  # shape, tokens in a step, device, number, published utilisation, published tokens per second
+    ("gpt2", 524_288, "H100", 8, 0.40, 3.74e6),  # llm.c, 140 ms a step
+    ("gpt2", 491_520, "A100", 8, 0.29, 295e9 / (4 * 86400)),  # nanoGPT, about four days
+    ("llama3-405b", 2048 * 8192, "H100", 16384, 400 / 989, 2.50e6),  # Llama 3's paper, 400 TFLOP/s each
+    ("megascale-175b", 6144 * 2048, "A100", 12288, 0.552, 1.984e6),
+    ("megascale-175b", 6144 * 2048, "A100", 3072, 0.591, 6144 * 2048 / 23.66),
+    ("megascale-175b", 768 * 2048, "A100", 256, 0.653, 768 * 2048 / 32.0),
+    ("palm-540b", 2048 * 2048, "TPUv4", 6144, 0.462, 238.3e3),
+    ("llama3-8b", 8 * 8192, "H100", 8, 0.390, 8 * 6667),  # TorchTitan, FSDP2 and compile
+]
+
+
+def on_paper(shape: str, batch_tokens: int = 0) -> tuple[GPT, train.TrainConfig]:
+    config = GPTConfig(**SHAPES[shape])
+    batch_tokens = batch_tokens or config.seq_len
+    with torch.device("meta"):
+        return GPT(config), train.TrainConfig(model=config, micro_batch=1, batch_tokens=batch_tokens)
+
+
+@pytest.fixture(autouse=True)
+def tpu(monkeypatch):
+    monkeypatch.setitem(train.ACCELERATORS, "TPUv4", train.Accelerator(275e12, 32e9, 300e9))
+
+
+@pytest.mark.parametrize("shape, batch_tokens, device, n, mfu, tokens_per_second", RUNS)
+def test_published_utilisation_gives_the_published_speed_and_the_reverse(
+    shape, batch_tokens, device, n, mfu, tokens_per_second
+):
+    model, config = on_paper(shape, batch_tokens)
+    seconds = train.compute_seconds(model, config, device, n, mfu)
+    assert batch_tokens / seconds == pytest.approx(tokens_per_second, rel=0.03)
+    utilisation = model.flops_per_token() * tokens_per_second / (n * train.ACCELERATORS[device].flops)
+    assert utilisation == pytest.approx(mfu, abs=0.01)
+
+
+def test_palm_has_as_many_parameters_as_its_authors_say():
+    assert on_paper("palm-540b")[0].n_params() == pytest.approx(540.35e9, rel=1e-4)
+
+
+def test_the_law_is_least_at_the_tokens_that_are_called_optimal():
+    n = 8e9
+    compute = n * (tokens := train.optimal_tokens(n))
+    losses = [train.predicted_loss(n * factor, compute / (n * factor)) for factor in (0.8, 1.0, 1.25)]
+    assert losses[1] < min(losses[0], losses[2]) and 15 < tokens / n < 25
+
+
+def plan_of(call, capsys, *arguments) -> str:
+    capsys.readouterr()
+    call(train, "--plan", *arguments)
+    return capsys.readouterr().out
+
+
+def test_meta_s_run_is_planned_at_meta_s_pace(call, capsys):
+    """Without the network, which Meta shared out in more ways than this program knows."""
+    flags = ["--gpus", 16384, "--mfu", 400 / 989, "--batch_tokens", 2048 * 8192, "--tokens", 15.6e12, "--shard", 128]
+    printed = plan_of(call, capsys, "--preset", "llama3-405b", *flags)
+    seconds = float(re.search(r"beside ([\d.]+) s of compute", printed)[1])
+    assert seconds == pytest.approx(6.7, rel=0.03)
+    assert 186 == pytest.approx(24 * 60 / float(re.search(r"failures +([\d.]+)", printed)[1]), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--preset", "llama3-8b", "--gpus", 8], "does not fit: use --shard 8"),
+        (["--preset", "grok-1", "--gpus", 100_000, "--shard", 160], "GPUs share 60 sequences"),
+        (["--preset", "llama3-8b", "--gpus", 512, "--shard", 8, "--seq_len", 512], "do not hide the traffic"),
+        (["--preset", "gpt2", "--gpus", 8, "--batch_tokens", 12_288_000, "--steps", 1000], "above the critical size"),
+        (["--preset", "grok-1", "--gpus", 100_000, "--shard", 160], "failures take"),
+    ],
+)
+def test_what_speaks_against_a_run_is_said(call, capsys, arguments, told):
+    assert told in plan_of(call, capsys, *arguments)
+
+
+def test_a_sound_plan_has_no_warning(call, capsys):
+    printed = plan_of(call, capsys, "--preset", "gpt2", "--gpus", 8, "--tokens", 10e9, "--mfu", 0.4)
+    assert "warning" not in printed
+
+
+def test_too_little_data_is_said(call, capsys, data):
+    assert "the data runs out" in plan_of(call, capsys, "--gpus", 1, "--data", data, "--steps", 100)
+
+
+def test_the_smallest_shard_that_fits_is_named(call, capsys):
+    shards = [1, 2, 4, 8]
+    fits = [
+        s
+        for s in shards
+        if "does not fit" not in plan_of(call, capsys, "--preset", "llama3-8b", "--gpus", 8, "--shard", s)
+    ]
+    assert fits and f"use --shard {fits[0]}" in plan_of(call, capsys, "--preset", "llama3-8b", "--gpus", 8)
+
+
+def test_a_plan_for_this_machine_leaves_no_trace(call, capsys, data, tmp_path):
+    printed = plan_of(call, capsys, "--data", data, "--seq_len", 16, "--batch_tokens", 256)
+    assert re.search(r"time +\d+:\d\d", printed) and re.search(r"memory +[\d.]+ GB", printed)
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_activations_are_counted_as_autograd_keeps_them():
+    """Against the bytes that a forward pass saves for the backward pass, in float32."""
+    for changes in (
+        dict(),
+        dict(n_kv_head=2, qk_norm=False),
+        dict(PRESETS["grok-toy"]),
+        dict(PRESETS["gpt2"], n_layer=2),
+    ):
+        config = GPTConfig(
+            **{**changes, "vocab_size": 64, "seq_len": 128, "n_embd": 256, "n_head": 4, "head_dim": None}
+        )
+        model, saved = GPT(config), {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor, saved=saved, weights=weights):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            logits = model(torch.randint(64, (8, 128)))
+        assert logits.requires_grad
+        assert 4 * 8 * 128 * model.activations_per_token() == pytest.approx(sum(saved.values()), rel=0.2), changes
