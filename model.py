@@ -288,9 +288,9 @@ def make_mlp(config: GPTConfig) -> nn.Module:
 
 
 class Experts(nn.Module):
-    """E MLPs, of which a router chooses a few for each token: work grows with the few (Shazeer et al., 2017). In training
-    two losses keep the router healthy: one is least when all experts get equal shares of tokens and of probability
-    (Switch Transformer, Fedus et al., 2021), one keeps its logits near zero (ST-MoE, Zoph et al., 2022)."""
+    """E MLPs, of which a router chooses a few for each token: work grows with the few (Shazeer et al., 2017). In
+    training two losses keep the router healthy: one is least when all experts get equal shares of tokens and of
+    probability (Switch Transformer, Fedus et al., 2021), one keeps its logits near zero (ST-MoE, Zoph et al., 2022)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -738,9 +738,8 @@ def export(folder: Path, run: Path) -> None:
         save_published_tokenizer(folder, tokenizer_from_dict(state["tokenizer"]))
     except (ValueError, OSError) as error:
         fail(f"cannot export {record.with_suffix('')}: {error}")
-    print(
-        f"{folder} holds step {state['step']} of {record.parent} as {', '.join(p.name for p in sorted(folder.iterdir()))}"
-    )
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"{folder} holds step {state['step']} of {record.parent} as {names}")
 
 
 def main() -> None:

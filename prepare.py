@@ -105,8 +105,8 @@ def byte_tokenizer() -> tiktoken.Encoding:
 
 
 def named_tokenizer(name: str) -> tiktoken.Encoding | int:
-    """byte; gpt2, cl100k_base, ... as tiktoken knows them and fetches them once; that of a published model's folder; for
-    bpe:N the N tokens to learn."""
+    """byte; gpt2, cl100k_base, ... as tiktoken knows them and fetches them once; the one in a published model's folder;
+    for bpe:N the N tokens to learn."""
     kind, _, size = name.partition(":")
     if name == "byte":
         return byte_tokenizer()
@@ -115,10 +115,8 @@ def named_tokenizer(name: str) -> tiktoken.Encoding | int:
     if Path(name).is_dir():
         return load_published_tokenizer(Path(name))
     if name not in tiktoken.list_encoding_names():
-        published = ", ".join(tiktoken.list_encoding_names())
-        fail(
-            f"no tokenizer is called {name!r}: use byte, bpe:N with N above {len(BYTES) + 1}, a published model's folder, or one of {published}"
-        )
+        legal = f"byte, bpe:N with N above {len(BYTES) + 1}, a published model's folder, or one of"
+        fail(f"no tokenizer is called {name!r}: use {legal} {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(name)
     except OSError:  # what requests raises without a network

@@ -562,8 +562,8 @@ def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, d
 
 def restore(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
     """Put an optimizer state that rank 0 has read into the optimizers of all ranks, a tensor at a time."""
-    tensors = state["optimizer"] if dist.get_rank() == 0 else None
-    sizes = from_rank_0({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} if tensors else None)
+    tensors = state["optimizer"] if dist.get_rank() == 0 else {}
+    sizes = from_rank_0({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
     found = defaultdict(dict)
     mine = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, (shape, dtype) in sizes.items():
@@ -678,7 +678,7 @@ def load_weights(path: str | Path) -> tuple[dict, Path]:
 
 
 def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, Path]:
-    """The model on the CPU, its tokenizer, and the file or folder that they came from. Ends the program where it must."""
+    """The model on the CPU, its tokenizer, and the file or folder that they came from. Ends the program on failure."""
     state, source = load_weights(path)
     try:
         model = model_with(GPTConfig(**state["config"]["model"]), state["model"])
@@ -789,18 +789,18 @@ def compute_seconds(model: GPT, config: TrainConfig, gpu: str, gpus: int, mfu: f
 
 
 def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int | None) -> Iterator[str]:
-    """What a run will take on a cluster, computed from published peaks, a line at a time; then what speaks against it."""
+    """What a run will take on a cluster, from published peaks, a line at a time; then what speaks against it."""
     with torch.device("meta"):
         model = GPT(config.model)
     device, shard = ACCELERATORS[gpu], config.shard
     n, active, flops = model.n_params(), model.n_active_params(), model.flops_per_token()
     tokens = config.steps * config.batch_tokens
-    loss, per_gpu = predicted_loss(active, tokens), config.batch_tokens / gpus
+    loss, optimal, per_gpu = predicted_loss(active, tokens), optimal_tokens(active), config.batch_tokens / gpus
     parts = memory_parts(model, config, shard, size=2)
     compute = compute_seconds(model, config, gpu, gpus, mfu)
     traffic = traffic_seconds(model, config, gpus, shard, device.link)
     seconds = max(compute, traffic)  # what does not hide behind compute is waited for
-    days = config.steps * seconds / 86400
+    days, speed = config.steps * seconds / 86400, config.batch_tokens / seconds
     failures = FAILURES_PER_GPU_DAY * gpus
     between = 86400 / failures
     state = parts["optimizer"] * shard + 4 * n
@@ -809,31 +809,29 @@ def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int 
     lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
     used, memory = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
 
-    yield f"machine    {gpus:,} x {gpu}, {device.flops * mfu / 1e12:,.0f} TFLOP/s each at {mfu:.0%} utilisation, assumed"
+    yield f"machine    {gpus:,} x {gpu}, {device.flops * mfu / 1e12:,.0f} TFLOP/s each: {mfu:.0%} of the peak, assumed"
     yield f"model      {n:,} parameters, {active:,} active; {flops:,} FLOP per token"
-    yield f"tokens     {tokens:.3g} in {config.steps:,} steps of {config.batch_tokens:,}; least compute for its loss at"
-    yield f"           {optimal_tokens(active):.3g}. Loss {loss:.2f} by the law for web text: an extrapolation above 16B"
-    yield f"           parameters, for experts a guess from the active ones, for other text not a prediction"
+    yield f"tokens     {tokens:.3g} in {config.steps:,} steps; {optimal:.3g} would take least compute for their loss"
+    yield f"loss       {loss:.2f} by the law for web text: extrapolated above 16B parameters, for experts a guess from"
+    yield "           the active ones, for other text no prediction"
     if data_tokens:
         yield f"data       {data_tokens:,} tokens: {tokens / data_tokens:.2f} epochs"
-    yield f"compute    {flops * tokens:.3g} FLOP; {seconds:,.3g} s a step, {config.batch_tokens / seconds:,.0f} tokens/s"
+    yield f"compute    {flops * tokens:.3g} FLOP: {seconds:,.3g} s a step, {speed:,.0f} tokens/s"
     yield f"time       {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
     yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {memory}"
     yield f"network    {traffic:,.3g} s a step on the narrowest link, beside {compute:,.3g} s of compute"
-    yield f"failures   {failures:,.2g} a day, assumed; checkpoints of {state / 1e9:,.1f} GB every {clock(interval)} lose the"
-    yield f"           least: {lost:.1%} of the time, restarts of {clock(RESTART_SECONDS)} included"
+    yield f"failures   {failures:,.2g} a day, assumed; {lost:.1%} of the time lost, at best, with a checkpoint of"
+    yield f"           {state / 1e9:,.1f} GB every {clock(interval)} and restarts of {clock(RESTART_SECONDS)}, assumed"
 
     if used > device.memory:
         divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
         fits = (s for s in divisors if sum(memory_parts(model, config, s, 2).values()) <= device.memory)
         smallest = next(fits, None)
-        piece_too_large = (
-            f"no --shard makes it fit, since activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB"
-        )
-        yield "warning: it does not fit: " + (f"use --shard {smallest}" if smallest else piece_too_large)
+        too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB on whatever --shard"
+        yield "warning: it does not fit: " + (f"use --shard {smallest}" if smallest else too_large)
     sequences = config.batch_tokens // config.model.seq_len
     if gpus > sequences:
-        yield f"warning: {gpus:,} GPUs share {sequences:,} sequences a step, so some have none: data parallelism ends at that"
+        yield f"warning: {gpus:,} GPUs share {sequences:,} sequences a step, so some have none: data parallelism ends"
     if traffic > compute:
         enough = per_gpu * traffic / compute
         yield f"warning: {per_gpu:,.0f} tokens a GPU and step do not hide the traffic, which takes about {enough:,.0f}"
@@ -842,7 +840,7 @@ def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int 
     if config.batch_tokens > (critical := 2e8 / loss**4.76):  # Kaplan et al., 2020
         yield f"warning: batches above the critical size, about {critical:,.0f} tokens at this loss, buy little"
     if state > 1e12:
-        yield f"warning: a checkpoint of {state / 1e12:.1f} TB is gathered on rank 0; larger programs write it in pieces"
+        yield f"warning: a checkpoint of {state / 1e12:.1f} TB is gathered on rank 0; others write it in pieces"
     if lost > 0.1:
         yield f"warning: failures take {lost:.0%} of the time"
     if data_tokens and tokens > 4 * data_tokens:  # Muennighoff et al., 2023
@@ -890,9 +888,9 @@ def plan_here(
     parts = {"program": before, **memory_parts(model, config, config.shard, 4 if config.dtype == "float32" else 2)}
     parts["checkpoint"] = parts["weights"] + parts["optimizer"]
     tokens = config.steps * config.batch_tokens
-    yield f"tokens   {tokens:.3g}; {optimal_tokens(model.n_active_params()):.3g} would need the least compute for their loss"
-    yield f"time     {clock(config.steps * step_seconds + evaluation)}: {config.steps:,} steps of {step_seconds:.3g} s, as measured,"
-    yield f"         and {clock(evaluation)} of evaluation"
+    optimal, total = optimal_tokens(model.n_active_params()), config.steps * step_seconds + evaluation
+    yield f"tokens   {tokens:.3g}; {optimal:.3g} would need the least compute for their loss, by the law for web text"
+    yield f"time     {clock(total)}: {config.steps:,} steps of {step_seconds:.3g} s measured, evaluation {clock(evaluation)}"
     memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
     yield f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}"
 
@@ -995,7 +993,7 @@ def take_over(model: GPT, state: dict, meta: dict, config: TrainConfig, resume: 
 
 
 def train(given: dict, resume: bool, plan_only: bool = False) -> None:
-    """All of a run, on each rank: prepare, build, spread, resume; then step, log, save and evaluate until it is over."""
+    """All of a run, on each rank: prepare, build, spread, resume; then step, log, save and evaluate to the end."""
     started = time.monotonic()
     rank, world = dist.get_rank(), dist.get_world_size()
     agree("version or setting", {"torch": torch.__version__, "resume": resume, **given})
@@ -1075,12 +1073,14 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
         except OSError as error:
             fail(f"cannot write to {run}: {error.strerror}")
 
-    epochs = config.steps * config.batch_tokens / train_windows.n_tokens
+    tokens = config.steps * config.batch_tokens
+    needed = sum(memory_parts(model, config, config.shard, 4 if dtype == torch.float32 else 2).values())
     print(
         f"run      {run}\n"
         f"data     {config.data}: {train_windows.n_tokens:,} tokens to train on, {val_windows.n_tokens:,} held out\n"
         f"model    {model.n_params():,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP per token\n"
-        f"steps    {config.steps:,} of {config.batch_tokens:,} tokens: {epochs:.2f} epochs\n"
+        f"steps    {config.steps:,} of {config.batch_tokens:,} tokens: {tokens / train_windows.n_tokens:.2f} epochs\n"
+        f"plan     {tokens * model.flops_per_token():.3g} FLOP, {needed / 1e9:.2f} GB beside the program\n"
         f"ranks    {describe_processes(device)}\n"
         f"device   {device} ({device_reason})\n"
         f"dtype    {config.dtype} ({dtype_reason})\n"
@@ -1211,6 +1211,7 @@ def main() -> None:
     status = 0
     try:
         train(given, resume, asked.plan)
+        dist.barrier()  # no rank hangs up while another has something to say
     except SystemExit as end:
         status = end.code
     except Exception as error:

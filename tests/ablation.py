@@ -32,7 +32,7 @@ SEEDS = (1, 2, 3)
 
 
 def train(out: Path, flags: list[str]) -> tuple[float, str]:
-    """Train on one thread, or take the result of an earlier try. Returns val_loss and the parameter count as printed."""
+    """Train on one thread, or take the result of an earlier try. Returns val_loss and the printed parameter count."""
     if not (out / "printed.txt").exists():
         command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
