@@ -890,7 +890,7 @@ def plan_here(
     tokens = config.steps * config.batch_tokens
     optimal, total = optimal_tokens(model.n_active_params()), config.steps * step_seconds + evaluation
     yield f"tokens   {tokens:.3g}; {optimal:.3g} would need the least compute for their loss, by the law for web text"
-    yield f"time     {clock(total)}: {config.steps:,} steps of {step_seconds:.3g} s measured, evaluation {clock(evaluation)}"
+    yield f"time     {clock(total)}: {config.steps:,} steps of {step_seconds:.3g} s, {clock(evaluation)} of evaluation"
     memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
     yield f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}"
 
