@@ -89,34 +89,41 @@ class GPTConfig:
             raise ValueError(f"n_expert_active {self.n_expert_active} is not between 1 and n_expert {self.n_expert}")
 
 
-GPT2 = dict(
-    vocab_size=50257,
-    seq_len=1024,
-    norm="layer",
-    norm_eps=1e-5,
-    position="learned",
-    qk_norm=False,
-    activation="gelu_tanh",
-    gated=False,
-    bias=True,
-    tied=True,
-)
-LLAMA3 = dict(vocab_size=128256, seq_len=8192, n_kv_head=8, norm_eps=1e-5, rope_base=500_000.0, qk_norm=False)
-QWEN3 = dict(vocab_size=151936, seq_len=40960, n_kv_head=8, head_dim=128, rope_base=1_000_000.0)
-GROK = dict(
-    norm_eps=1e-5,
-    qk_norm=False,
-    activation="gelu_tanh",
-    n_expert=8,
-    renormalise=False,
-    post_norm=True,
-    attention_cap=30.0,
-    tied=True,
-)
+GPT2 = {
+    "vocab_size": 50257,
+    "seq_len": 1024,
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "position": "learned",
+    "qk_norm": False,
+    "activation": "gelu_tanh",
+    "gated": False,
+    "bias": True,
+    "tied": True,
+}
+LLAMA3 = {
+    "vocab_size": 128256,
+    "seq_len": 8192,
+    "n_kv_head": 8,
+    "norm_eps": 1e-5,
+    "rope_base": 500_000.0,
+    "qk_norm": False,
+}
+QWEN3 = {"vocab_size": 151936, "seq_len": 40960, "n_kv_head": 8, "head_dim": 128, "rope_base": 1_000_000.0}
+GROK = {
+    "norm_eps": 1e-5,
+    "qk_norm": False,
+    "activation": "gelu_tanh",
+    "n_expert": 8,
+    "renormalise": False,
+    "post_norm": True,
+    "attention_cap": 30.0,
+    "tied": True,
+}
 
 PRESETS: dict[str, dict] = {
-    "toy": dict(n_kv_head=2),
-    "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
+    "toy": {"n_kv_head": 2},
+    "shakespeare": {"seq_len": 256, "n_layer": 4, "n_head": 3, "n_embd": 192},
     "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
@@ -131,19 +138,19 @@ PRESETS: dict[str, dict] = {
     "qwen3-8b": dict(QWEN3, n_layer=36, n_head=32, n_embd=4096, n_inner=12288),
     "qwen3-14b": dict(QWEN3, n_layer=40, n_head=40, n_embd=5120, n_inner=17408),
     "qwen3-32b": dict(QWEN3, n_layer=64, n_head=64, n_embd=5120, n_inner=25600),
-    "mixtral-8x7b": dict(
-        vocab_size=32000,
-        seq_len=32768,
-        n_layer=32,
-        n_head=32,
-        n_kv_head=8,
-        n_embd=4096,
-        n_inner=14336,
-        norm_eps=1e-5,
-        rope_base=1_000_000.0,
-        qk_norm=False,
-        n_expert=8,
-    ),
+    "mixtral-8x7b": {
+        "vocab_size": 32000,
+        "seq_len": 32768,
+        "n_layer": 32,
+        "n_head": 32,
+        "n_kv_head": 8,
+        "n_embd": 4096,
+        "n_inner": 14336,
+        "norm_eps": 1e-5,
+        "rope_base": 1_000_000.0,
+        "qk_norm": False,
+        "n_expert": 8,
+    },
     "grok-1": dict(
         GROK,
         vocab_size=131072,
@@ -482,20 +489,20 @@ class Family:
     transposed: bool = False  # matrices in blocks are stored [in, out]
 
 
-LLAMA_SETTINGS = dict(
-    vocab_size="vocab_size",
-    seq_len="max_position_embeddings",
-    n_layer="num_hidden_layers",
-    n_head="num_attention_heads",
-    n_kv_head="num_key_value_heads",
-    n_embd="hidden_size",
-    head_dim="head_dim",
-    n_inner="intermediate_size",
-    norm_eps="rms_norm_eps",
-    rope_base="rope_theta",
-    activation="hidden_act",
-    tied="tie_word_embeddings",
-)
+LLAMA_SETTINGS = {
+    "vocab_size": "vocab_size",
+    "seq_len": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "n_inner": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_base": "rope_theta",
+    "activation": "hidden_act",
+    "tied": "tie_word_embeddings",
+}
 LLAMA_MODULES = {
     "embedding": "model.embed_tokens",
     "blocks.*.attention_norm": "model.layers.*.input_layernorm",
@@ -522,17 +529,17 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense o
     "gpt2": Family(
         "GPT2LMHeadModel",
         base=GPT2,
-        settings=dict(
-            vocab_size="vocab_size",
-            seq_len="n_positions",
-            n_layer="n_layer",
-            n_head="n_head",
-            n_embd="n_embd",
-            n_inner="n_inner",
-            norm_eps="layer_norm_epsilon",
-            activation="activation_function",
-            tied="tie_word_embeddings",
-        ),
+        settings={
+            "vocab_size": "vocab_size",
+            "seq_len": "n_positions",
+            "n_layer": "n_layer",
+            "n_head": "n_head",
+            "n_embd": "n_embd",
+            "n_inner": "n_inner",
+            "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function",
+            "tied": "tie_word_embeddings",
+        },
         modules={
             "embedding": "transformer.wte",
             "positions": "transformer.wpe",
@@ -552,7 +559,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense o
     ),
     "llama": Family(
         "LlamaForCausalLM",
-        base=dict(qk_norm=False),
+        base={"qk_norm": False},
         settings=dict(LLAMA_SETTINGS, bias="attention_bias mlp_bias"),
         modules=LLAMA_MODULES,
         required=LLAMA_REQUIRED,
@@ -560,7 +567,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense o
     "qwen3": Family("Qwen3ForCausalLM", {}, LLAMA_SETTINGS, LLAMA_MODULES, LLAMA_REQUIRED),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        base=dict(renormalise=False),
+        base={"renormalise": False},
         settings=dict(
             LLAMA_SETTINGS,
             n_inner="moe_intermediate_size",
@@ -573,7 +580,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense o
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
-        base=dict(qk_norm=False, n_expert=8),
+        base={"qk_norm": False, "n_expert": 8},
         settings=dict(LLAMA_SETTINGS, n_expert="num_local_experts", n_expert_active="num_experts_per_tok"),
         modules=LLAMA_MODULES
         | {

@@ -241,7 +241,7 @@ def load_published_tokenizer(folder: Path) -> tiktoken.Encoding:
         return tokenizer_from_published(folder / "tokenizer.json")
     except OSError as error:
         fail(f"cannot read {error.filename}: {error.strerror}")
-    except Exception as error:  # tiktoken can fail in any way
+    except Exception as error:  # noqa: BLE001 - tiktoken can fail in any way
         fail(f"cannot use the tokenizer in {folder}: {error}")
 
 
@@ -456,7 +456,7 @@ class ShardWriter:
     def write(self, tokens: np.ndarray) -> None:
         while len(tokens):
             if self.file is None:
-                self.file = open(self.folder / f"{self.split}-{len(self.shards):05d}.npy", "wb")
+                self.file = open(self.folder / f"{self.split}-{len(self.shards):05d}.npy", "wb")  # noqa: SIM115
                 self.length = 0
                 self._write_header()
             part, tokens = np.split(tokens, [SHARD_TOKENS - self.length])
@@ -507,7 +507,7 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
                 shards[split].append(tokens)
     except FileNotFoundError as error:
         fail(f"there is no {error.filename}: make the data set with python prepare.py FILES --out {folder}")
-    except Exception as error:  # what is not as it should be can break NumPy and tiktoken in any way
+    except Exception as error:  # noqa: BLE001 - what is damaged can break NumPy and tiktoken in any way
         fail(f"the data set {folder} is damaged ({error}): remove it and prepare it again")
     return meta, shards
 

@@ -92,7 +92,7 @@ def continuations(model: GPT, tokenizer: tiktoken.Encoding, prompt: str, args, g
         fail("the prompt is not UTF-8 text")
     tokens = torch.tensor([ids] * args.n, device=device)
     decoders = [Decoder(tokenizer, args.stop) for _ in range(args.n)]
-    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
+    how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     for step in islice(generate(model, tokens, n_vocab=tokenizer.n_vocab, **how), args.tokens):
         yield ["" if d.ended else d.feed(token) for d, token in zip(decoders, step.tolist())]
         if all(d.ended for d in decoders):

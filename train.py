@@ -121,11 +121,11 @@ class TrainConfig:
 
 
 # How to train the presets of model.py: the published models by half a million tokens a step, as GPT-2 was.
-PUBLISHED = dict(batch_tokens=491_520, micro_batch=1, steps=20_000, lr=6e-4, log_every=1)
+PUBLISHED = {"batch_tokens": 491_520, "micro_batch": 1, "steps": 20_000, "lr": 6e-4, "log_every": 1}
 RECIPES: dict[str, dict] = {
-    "toy": dict(),
-    "grok-toy": dict(),
-    "shakespeare": dict(data="data/shakespeare", batch_tokens=8192, steps=500, lr=4e-3),
+    "toy": {},
+    "grok-toy": {},
+    "shakespeare": {"data": "data/shakespeare", "batch_tokens": 8192, "steps": 500, "lr": 4e-3},
     "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=12),
 }
 
@@ -219,7 +219,7 @@ def start_processes(timeout: float) -> dist.Store:
         store, rank, world = dist.HashStore(), 0, 1
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     if rank > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return store
 
 
@@ -359,7 +359,7 @@ def measured_peak(dtype: torch.dtype) -> float:
 def choose_device(name: str | None) -> tuple[torch.device, str]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator and name in (None, accelerator.type):  # ranks of a node take one each
-        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
         torch.accelerator.set_device_index(index)
         return torch.device(accelerator.type, index), "found" if name is None else "as set"
     if name is None:
@@ -485,8 +485,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     rest = [p for p in model.parameters() if id(p) not in in_muon]
     adamw = torch.optim.AdamW(
         [
-            dict(params=[p for p in rest if p.ndim >= 2], weight_decay=config.weight_decay),
-            dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=(0.9, 0.95),
@@ -630,7 +630,7 @@ def read_checkpoint(record: Path) -> dict:
         return state
     except Damaged:
         raise
-    except Exception as error:  # a file that is not what it says can break torch.load in any way
+    except Exception as error:  # noqa: BLE001 - a file that is not what it says can break torch.load in any way
         raise Damaged(f"{record} can't be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
 
@@ -671,7 +671,7 @@ def load_weights(path: str | Path) -> tuple[dict, Path]:
         return load_checkpoint(path)
     try:
         config, weights = load_published(folder)
-    except Exception as error:  # as in read_checkpoint
+    except Exception as error:  # noqa: BLE001 - as in read_checkpoint
         fail(f"cannot load {folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     tokenizer = prepare.tokenizer_to_dict(prepare.load_published_tokenizer(folder))
     return {"step": 0, "model": weights, "config": {"model": asdict(config)}, "tokenizer": tokenizer}, folder
@@ -683,7 +683,7 @@ def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, Path]:
     try:
         model = model_with(GPTConfig(**state["config"]["model"]), state["model"])
         return model, prepare.tokenizer_from_dict(state["tokenizer"]), source
-    except Exception as error:  # as in read_checkpoint
+    except Exception as error:  # noqa: BLE001 - as in read_checkpoint
         fail(f"{source} holds no model ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
@@ -699,7 +699,7 @@ class Metrics:
         rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
         path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -1145,8 +1145,8 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
         if step % config.log_every == 0 or step == 1 or leaving:
             (mean_loss,) = summed(loss.item() / world)
             speed = (step - last_step) * config.batch_tokens / (now - last_log)
-            row = dict(step=step, loss=mean_loss, lr=lr_at(step - 1, config), grad_norm=grad_norm.item())
-            row |= dict(seconds=now - started, tokens_per_second=speed, skipped=skipped)
+            row = {"step": step, "loss": mean_loss, "lr": lr_at(step - 1, config), "grad_norm": grad_norm.item()}
+            row |= {"seconds": now - started, "tokens_per_second": speed, "skipped": skipped}
             line = f"step {step:5,}/{config.steps:,}  loss {row['loss']:.4f}  {speed:9,.0f} tokens/s"
             if experts := model.experts():
                 loads = torch.stack([expert.load for expert in experts])

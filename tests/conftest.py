@@ -108,7 +108,7 @@ def run(call, data, tmp_path) -> Path:
 def shell(script: str, *arguments, cwd: Path, **more) -> subprocess.CompletedProcess:
     """A script run as a user runs it."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", **more)
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", check=False, **more)
 
 
 def environment(**more: str) -> dict[str, str]:

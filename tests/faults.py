@@ -24,16 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
+from conftest import ROOT, TINY
 
 import model as model_file
 import prepare
 import train
 
-TINY = "--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4".split()
 QUICK = [*TINY, "--data", "set", "--eval_every", "1000000", "--log_every", "1", "--dropout", "0.1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 RESTARTS = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -270,7 +267,7 @@ def fuzz(n: int) -> tuple[int, str]:
             try:
                 if not refused(read):
                     accepted += 1
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001
                 wrong += 1
                 print(f"  {path}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         path.write_bytes(whole)
@@ -301,7 +298,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         random.seed(1)
-        words = "the a model learns to write what it has read one token after another naïve 你好 \n".split(" ")
+        words = ["the", "a", "model", "learns", "to", "write", "what", "it", "has", "read", "naïve", "你好", "\n"]
         Path("text.txt").write_text(" ".join(random.choices(words, k=3000)))
         with contextlib.redirect_stderr(io.StringIO()):
             prepare.prepare(["text.txt"], "set", "byte", 0.1)

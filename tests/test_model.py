@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import model as models
 from model import GPT, GPTConfig, KVCache, generate, rotary_angles, rotate, sample_next
 
-SHAPE = dict(vocab_size=61, seq_len=24, n_layer=2, n_head=4, n_embd=32)
+SHAPE = {"vocab_size": 61, "seq_len": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
 KINDS = {
     "today": dict(SHAPE, n_kv_head=2),
     "tied": dict(SHAPE, tied=True, head_dim=6, n_inner=50),
@@ -141,16 +141,16 @@ def grok_golden() -> tuple[GPT, torch.Tensor, torch.Tensor]:
     """Our model with the weights of the golden file, and its tokens [B, T] and logits [B, T, V]."""
     golden = np.load(Path(__file__).with_name("golden") / "grok1_tiny_a.npz")
     c = json.loads(str(golden["config"]))
-    shape = dict(
-        vocab_size=c["vocab_size"],
-        seq_len=24,
-        n_layer=c["n_layers"],
-        n_head=c["n_q_heads"],
-        n_kv_head=c["n_kv_heads"],
-        n_embd=c["d_model"],
-        head_dim=c["key_size"],
-        n_inner=c["d_ff"],
-    )
+    shape = {
+        "vocab_size": c["vocab_size"],
+        "seq_len": 24,
+        "n_layer": c["n_layers"],
+        "n_head": c["n_q_heads"],
+        "n_kv_head": c["n_kv_heads"],
+        "n_embd": c["d_model"],
+        "head_dim": c["key_size"],
+        "n_inner": c["d_ff"],
+    }
     model = GPT(GPTConfig(**{**models.PRESETS["grok-1"], **shape})).eval()
 
     def tensor(name):
@@ -161,12 +161,12 @@ def grok_golden() -> tuple[GPT, torch.Tensor, torch.Tensor]:
         "head.weight": tensor("embedding"),
         "norm.weight": tensor("final_norm"),
     }
-    norms = dict(
-        attention_norm="attn_norm_in",
-        attention_post_norm="attn_norm_out",
-        mlp_norm="ffn_norm_in",
-        mlp_post_norm="ffn_norm_out",
-    )
+    norms = {
+        "attention_norm": "attn_norm_in",
+        "attention_post_norm": "attn_norm_out",
+        "mlp_norm": "ffn_norm_in",
+        "mlp_post_norm": "ffn_norm_out",
+    }
     matrices = {
         "attention.query": "q",
         "attention.key": "k",
@@ -334,12 +334,12 @@ def test_samples_follow_the_softmax_of_the_logits():
 @pytest.mark.parametrize(
     "how, possible",
     [
-        (dict(temperature=0), {3}),
-        (dict(temperature=1, top_k=2), {3, 0}),
-        (dict(temperature=1, top_k=99), {0, 1, 2, 3}),
-        (dict(temperature=1, top_p=0.6), {3}),  # 3 alone has 0.64
-        (dict(temperature=1, top_p=0.7), {3, 0}),
-        (dict(temperature=1, top_p=1.0), {0, 1, 2, 3}),
+        ({"temperature": 0}, {3}),
+        ({"temperature": 1, "top_k": 2}, {3, 0}),
+        ({"temperature": 1, "top_k": 99}, {0, 1, 2, 3}),
+        ({"temperature": 1, "top_p": 0.6}, {3}),  # 3 alone has 0.64
+        ({"temperature": 1, "top_p": 0.7}, {3, 0}),
+        ({"temperature": 1, "top_p": 1.0}, {0, 1, 2, 3}),
     ],
 )
 def test_top_k_and_top_p_keep_just_the_likeliest(how, possible):
@@ -357,12 +357,12 @@ def test_ids_of_a_padded_vocabulary_are_never_drawn():
 @pytest.mark.parametrize(
     "wrong, named",
     [
-        (dict(n_embd=30, n_head=4), "n_embd 30"),
-        (dict(n_head=4, n_kv_head=3), "n_kv_head 3"),
-        (dict(n_embd=12, n_head=4), "head_dim 3"),
-        (dict(n_layer=0), "n_layer 0"),
-        (dict(n_expert=4, n_expert_active=5), "n_expert_active 5"),
-        (dict(dropout=1.0), "dropout 1.0"),
+        ({"n_embd": 30, "n_head": 4}, "n_embd 30"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_kv_head 3"),
+        ({"n_embd": 12, "n_head": 4}, "head_dim 3"),
+        ({"n_layer": 0}, "n_layer 0"),
+        ({"n_expert": 4, "n_expert_active": 5}, "n_expert_active 5"),
+        ({"dropout": 1.0}, "dropout 1.0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(wrong, named):

@@ -8,24 +8,31 @@ import torch
 import train
 from model import GPT, PRESETS, GPTConfig
 
-GPT3_MLP = dict(norm="layer", position="learned", qk_norm=False, activation="gelu", gated=False, bias=True)
+GPT3_MLP = {
+    "norm": "layer",
+    "position": "learned",
+    "qk_norm": False,
+    "activation": "gelu",
+    "gated": False,
+    "bias": True,
+}
 SHAPES = {
     "gpt2": PRESETS["gpt2"],
     "llama3-8b": PRESETS["llama3-8b"],
     "llama3-405b": PRESETS["llama3-405b"],
     "megascale-175b": dict(GPT3_MLP, vocab_size=51200, seq_len=2048, n_layer=96, n_head=96, n_embd=12288, tied=True),
-    "palm-540b": dict(
-        vocab_size=256000,
-        seq_len=2048,
-        n_layer=118,
-        n_head=48,
-        n_kv_head=1,
-        head_dim=256,
-        n_embd=18432,
-        n_inner=73728,
-        tied=True,
-        qk_norm=False,
-    ),
+    "palm-540b": {
+        "vocab_size": 256000,
+        "seq_len": 2048,
+        "n_layer": 118,
+        "n_head": 48,
+        "n_kv_head": 1,
+        "head_dim": 256,
+        "n_embd": 18432,
+        "n_inner": 73728,
+        "tied": True,
+        "qk_norm": False,
+    },
 }
 RUNS = [  # shape, tokens in a step, device, number, published utilisation, published tokens per second
     ("gpt2", 524_288, "H100", 8, 0.40, 3.74e6),  # llm.c, 140 ms a step
@@ -130,8 +137,8 @@ def test_a_plan_for_this_machine_leaves_no_trace(call, capsys, data, tmp_path):
 def test_activations_are_counted_as_autograd_keeps_them():
     """Against the bytes that a forward pass saves for the backward pass, in float32."""
     for changes in (
-        dict(),
-        dict(n_kv_head=2, qk_norm=False),
+        {},
+        {"n_kv_head": 2, "qk_norm": False},
         dict(PRESETS["grok-toy"]),
         dict(PRESETS["gpt2"], n_layer=2),
     ):

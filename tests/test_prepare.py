@@ -328,7 +328,7 @@ def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, c
     with pytest.raises(SystemExit):
         prepare.load_dataset(out)
     assert "meta.json: make the data set" in capsys.readouterr().err
-    assert subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL).returncode == 0
+    subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL, check=True)
     assert "".join(decoded(out, "train") + decoded(out, "val")) == words(1_500_000)
 
 

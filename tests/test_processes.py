@@ -24,7 +24,7 @@ SMALL = [*TINY, "--dtype", "float32", "--log_every", "1", "--eval_every", "100",
 def start(cwd: Path, *arguments, script=ROOT / "train.py", launcher=(), n: int = 2) -> subprocess.Popen:
     command = [*TORCHRUN, f"--nproc_per_node={n}", *launcher, str(script), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     return subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes)
 
 

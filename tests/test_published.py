@@ -21,17 +21,17 @@ import train
 from model import GPTConfig, generate, load_published, model_with, save_published
 
 GOLDEN = Path(__file__).with_name("golden")
-LLAMA = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=24,
-)
-GPT2 = dict(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4)
-EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+}
+GPT2 = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN3_MOE = dict(LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 VARIANTS = {  # the first of each family is the golden one
     "gpt2": dict(GPT2),
@@ -155,14 +155,14 @@ def test_a_second_copy_of_a_tied_head_is_passed_over(golden):
 @pytest.mark.parametrize(
     "config, weights, told",
     [
-        (dict(model_type="bert"), {}, "'bert', none of gpt2, llama"),
-        (dict(rope_scaling={"rope_type": "llama3"}), {}, "rope_type of .* is 'llama3'"),
-        (dict(sliding_window=4096), {}, "sliding_window of .* is 4096"),
-        (dict(hidden_act="relu"), {}, "activation 'relu'"),
-        (dict(num_hidden_layers=10**9), {}, "1000000000 layers can't be filled from 21 tensors"),
-        (dict(num_hidden_layers=3), {}, "misses model.layers.2.* and 8 other tensors"),
-        (dict(num_hidden_layers=1), {}, "also holds model.layers.1.* and 8 other tensors"),
-        (dict(hidden_size=64), {}, "model.embed_tokens.weight .* by \\[61, 32\\], not \\[61, 64\\]"),
+        ({"model_type": "bert"}, {}, "'bert', none of gpt2, llama"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, {}, "rope_type of .* is 'llama3'"),
+        ({"sliding_window": 4096}, {}, "sliding_window of .* is 4096"),
+        ({"hidden_act": "relu"}, {}, "activation 'relu'"),
+        ({"num_hidden_layers": 10**9}, {}, "1000000000 layers can't be filled from 21 tensors"),
+        ({"num_hidden_layers": 3}, {}, "misses model.layers.2.* and 8 other tensors"),
+        ({"num_hidden_layers": 1}, {}, "also holds model.layers.1.* and 8 other tensors"),
+        ({"hidden_size": 64}, {}, "model.embed_tokens.weight .* by \\[61, 32\\], not \\[61, 64\\]"),
         ({}, {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "model.norm.weight .* torch.int8"),
         ({}, {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "also holds .*q_proj.bias"),
     ],
@@ -179,8 +179,8 @@ def test_what_cannot_be_taken_over_is_named(golden, config, weights, told):
 @pytest.mark.parametrize(
     "switch, told",
     [
-        (dict(post_norm=True, attention_cap=30.0), "qwen3, lacks post_norm True, attention_cap 30.0"),
-        (dict(position="learned"), "lacks position learned"),
+        ({"post_norm": True, "attention_cap": 30.0}, "qwen3, lacks post_norm True, attention_cap 30.0"),
+        ({"position": "learned"}, "lacks position learned"),
         (dict(models.GPT2, bias=False), "gpt2, lacks bias False"),
         (dict(models.PRESETS["grok-toy"]), "post_norm True, attention_cap 30.0"),
     ],

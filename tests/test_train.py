@@ -1,6 +1,7 @@
 """train.py: batches, schedule, evaluation, checkpoints, and the command line."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -131,7 +132,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_of_blocks_have_muon
     optimizers = train.make_optimizers(model, train.TrainConfig(optimizer=optimizer))
     assert [type(o).__name__ for o in optimizers] == names
     held = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
-    assert sorted(sum(held, [])) == sorted(id(p) for p in model.parameters())
+    assert sorted(itertools.chain(*held)) == sorted(id(p) for p in model.parameters())
     if optimizer == "muon":
         assert set(held[0]) == {id(p) for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
 
@@ -285,7 +286,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run):
 
 def test_a_worse_evaluation_never_replaces_the_best(tmp_path):
     for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, 2.2)):
-        state = {"step": step, **dict.fromkeys(("config", "model", "optimizer", "tokenizer", "data"), {})}
+        state = {"step": step, **{key: {} for key in ("config", "model", "optimizer", "tokenizer", "data")}}
         train.save_checkpoint(tmp_path, step, state, keep=1)
         if loss < train.read_best(tmp_path).get("val_loss", math.inf):
             train.mark_best(tmp_path, step, loss)
