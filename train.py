@@ -121,12 +121,12 @@ class TrainConfig:
 
 
 # How to train the presets of model.py: the published models by half a million tokens a step, as GPT-2 was.
-PUBLISHED = {"batch_tokens": 491_520, "micro_batch": 1, "steps": 20_000, "lr": 6e-4, "log_every": 1}
+PUBLISHED = {"batch_tokens": 524_288, "micro_batch": 1, "steps": 20_000, "lr": 6e-4, "log_every": 1}
 RECIPES: dict[str, dict] = {
     "toy": {},
     "grok-toy": {},
     "shakespeare": {"data": "data/shakespeare", "batch_tokens": 8192, "steps": 500, "lr": 4e-3},
-    "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=12),
+    "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=16),
 }
 
 

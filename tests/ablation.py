@@ -25,7 +25,6 @@ STEPS_TO_TODAY = [
     ("QK-norm", "--qk_norm"),
     ("untied head", "--no-tied"),
     ("Muon", "--optimizer muon"),
-    ("two query heads per key/value head", "--n_kv_head 2"),
 ]
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)

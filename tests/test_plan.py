@@ -99,7 +99,7 @@ def test_meta_s_run_is_planned_at_meta_s_pace(call, capsys):
     "arguments, told",
     [
         (["--preset", "llama3-8b", "--gpus", 8], "does not fit: use --shard 8"),
-        (["--preset", "grok-1", "--gpus", 100_000, "--shard", 160], "GPUs share 60 sequences"),
+        (["--preset", "grok-1", "--gpus", 100_000, "--shard", 160], "GPUs share 64 sequences"),
         (["--preset", "llama3-8b", "--gpus", 512, "--shard", 8, "--seq_len", 512], "do not hide the traffic"),
         (["--preset", "gpt2", "--gpus", 8, "--batch_tokens", 12_288_000, "--steps", 1000], "above the critical size"),
         (["--preset", "grok-1", "--gpus", 100_000, "--shard", 160], "failures take"),
