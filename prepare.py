@@ -295,7 +295,8 @@ def download(url: str, folder: Path) -> Path:
     import urllib.parse
     import urllib.request
 
-    path = folder / (Path(urllib.parse.urlparse(url).path).name or "download.txt")
+    name = Path(urllib.parse.urlparse(url).path).name or "download.txt"
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"  # other addresses have the same name
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)

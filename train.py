@@ -16,12 +16,12 @@ Many processes, on CPUs or GPUs, train the same model on the same batches; any n
     torchrun --standalone --nproc_per_node=8 train.py --out runs/big             one node
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=big \\
         train.py --out runs/big                                                  the same line on each of two nodes
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:4 --max-restarts=3 --rdzv-backend=c10d ... \\
-        train.py --out runs/big --resume                     begin, and go on by itself after faults, on 1 to 4 nodes
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:2 --max-restarts=3 --rdzv-backend=c10d ... \\
+        train.py --out runs/big --resume                     begin, and go on by itself after faults, on 1 or 2 nodes
     torchrun ... train.py --preset llama3-8b --shard 8 --out runs/llama          each model spread over 8 GPUs (FSDP2)
 
 Under Slurm, `srun --ntasks-per-node=1 torchrun ...` does the same. `#SBATCH --signal=USR1@120` with torchrun's
-`--signals-to-handle=SIGTERM,SIGINT,SIGUSR1` saves the run two minutes before its time is up.
+`--signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=110` saves the run before its time is up.
 """
 
 import argparse
@@ -30,7 +30,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import socket
 import statistics
@@ -41,7 +40,7 @@ import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from itertools import islice
@@ -190,16 +189,24 @@ def parse_command_line() -> tuple[dict, bool, argparse.Namespace]:
     planning.add_argument("--gpus", type=int, metavar="INT", default=None, help="plan for a cluster of so many")
     planning.add_argument("--gpu", choices=ACCELERATORS, default="H100", type=str.upper, help="of this kind (H100)")
     planning.add_argument("--mfu", type=float, metavar="FLOAT", default=0.4, help="at this share of their peak (0.4)")
-    planning.add_argument("--tokens", type=float, metavar="FLOAT", default=None, help="tokens to train on, for --steps")
+    planning.add_argument("--tokens", type=float, metavar="FLOAT", default=None, help="for so many tokens, not --steps")
     given = vars(parser.parse_args())
     asked = argparse.Namespace(**{name: given.pop(name) for name in ("plan", "gpus", "gpu", "mfu", "tokens")})
+    if not asked.plan and (asked.gpus or asked.tokens):
+        parser.error("--gpus and --tokens are for --plan")
     resume, file = given.pop("resume"), given.pop("config", None)
     if file is not None:
         try:
             from_file = flatten(json.loads(Path(file).read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             fail(f"cannot read settings from {file}: {error}")
-        given = {**from_file, "out": None, **given}
+        from_file.pop("out", None)
+        given = {**from_file, **given}
+    if asked.tokens:
+        try:
+            given["steps"] = math.ceil(asked.tokens / build_config(given).batch_tokens)
+        except (ValueError, TypeError) as error:
+            fail(str(error))
     return given, resume, asked
 
 
@@ -217,13 +224,14 @@ def start_processes(timeout: float) -> dist.Store:
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     else:
         store, rank, world = dist.HashStore(), 0, 1
-    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return store
 
 
-def stop(message: str) -> NoReturn:
+def stop_all_ranks(message: str) -> NoReturn:
     """End every rank with one sentence, said once. All ranks must come here."""
     if dist.get_rank() == 0:
         fail(message)
@@ -251,25 +259,19 @@ def agree(what: str, mine: dict) -> None:
     for rank, theirs in enumerate(everyones):
         for name in sorted(everyones[0].keys() | theirs.keys()):
             if theirs.get(name) != (first := everyones[0].get(name)):
-                stop(f"rank {rank} has another {what} than rank 0: {name} is {theirs.get(name)}, not {first}")
+                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {theirs.get(name)}, not {first}")
 
 
-def blame(store: dist.Store, error: Exception) -> int:
-    """Say why this rank failed: ranks that do not answer a roll call, or the error itself. Returns the exit status."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def roll_call(store: dist.Store, rank: int, world: int) -> list[int]:
+    """The ranks that do not answer, after an operation between ranks failed and the connections were closed."""
     try:
         store.set(f"alive/{rank}", "yes")
         time.sleep(3)
-        silent = [str(other) for other in range(world) if not store.check([f"alive/{other}"])]
-        time.sleep(2)  # rank 0 holds the store in which the others look
+        silent = [other for other in range(world) if not store.check([f"alive/{other}"])]
+        time.sleep(2)  # rank 0 may hold the store in which the others look
+        return silent
     except dist.DistError:
-        silent = ["0"]
-    if not silent:
-        traceback.print_exception(error)
-        return 1
-    names, reason = ", ".join(silent), str(error).split(". ")[0]
-    print(f"train.py: error: rank {names} of {world} does not answer ({reason})", file=sys.stderr)
-    return 2
+        return [0]
 
 
 def describe_processes(device: torch.device) -> str:
@@ -279,11 +281,10 @@ def describe_processes(device: torch.device) -> str:
     text = f"{len(hosts)} on {', '.join(sorted(set(hosts)))}"
     if len(hosts) > 1:
         tensor = torch.zeros(2**22, device=device)
-        dist.all_reduce(tensor)
-        dist.barrier()
-        start = time.perf_counter()
-        dist.all_reduce(tensor)
-        float(tensor[0])  # waits for the device
+        for _ in range(2):  # the first one sets up connections
+            start = time.perf_counter()
+            dist.all_reduce(tensor)
+            float(tensor[0])  # waits for the device
         moved = 2 * (len(hosts) - 1) / len(hosts) * tensor.nbytes  # what each rank sends and receives
         text += f", all-reduce at {moved / (time.perf_counter() - start) / 1e9:.2f} GB/s"
     return text
@@ -472,7 +473,7 @@ class SharedMuon(torch.optim.Muon):
 
     def gather_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """The state of all matrices, on every rank."""
-        momenta = [self.state[m]["momentum_buffer"] if m in self.state else torch.empty_like(m) for m in self.all]
+        momenta = [self.state[m]["momentum_buffer"] if m in self.state else torch.zeros_like(m) for m in self.all]
         self.send(momenta)
         return {matrix: {"momentum_buffer": momentum} for matrix, momentum in zip(self.all, momenta)}
 
@@ -494,8 +495,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     )
     if not in_muon:
         return [adamw]
-    alike = dist.get_world_size() > 1 and config.shard == 1  # each rank has all matrices
-    muon = (SharedMuon if alike else torch.optim.Muon)(
+    whole_on_each_rank = dist.get_world_size() > 1 and config.shard == 1
+    muon = (SharedMuon if whole_on_each_rank else torch.optim.Muon)(
         matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     return [muon, adamw]
@@ -526,7 +527,7 @@ def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.de
         inputs, targets = windows.get(indices[i : i + config.micro_batch], device)
         with autocast:
             logits = model(inputs)
-        losses.append(F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").mean(1).double().cpu())
+        losses.append(F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").mean(1).cpu().double())
     model.train()
     losses = torch.cat(losses)[counts]
     (total,) = summed(losses.sum())
@@ -775,12 +776,13 @@ def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, shard: int, link
     """Time in which a step's float32 weights and gradients pass the narrowest link, in rings."""
     n_bytes, n_micro = 4 * model.n_params(), config.batch_tokens / gpus / (config.micro_batch * config.model.seq_len)
 
-    def ring(payload: float, members: int) -> float:  # an all-gather or a reduce-scatter
-        width = link if members <= NODE_GPUS else NODE_LINK
+    def ring(payload: float, members: int, width: float) -> float:  # an all-gather or a reduce-scatter
         return payload * (members - 1) / members / width + (members - 1) * HOP_SECONDS
 
-    sharded = (2 * max(n_micro, 1) + 1) * ring(n_bytes, shard)  # gathered forwards and backwards, gradients scattered
-    return sharded + 2 * ring(n_bytes / shard, gpus // shard)  # and averaged over the copies
+    width = link if shard <= NODE_GPUS else NODE_LINK
+    sharded = (2 * max(n_micro, 1) + 1) * ring(n_bytes, shard, width)  # gathered forwards and backwards, then scattered
+    width = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
+    return sharded + 2 * ring(n_bytes / shard, gpus // shard, width)  # gradients averaged over the copies
 
 
 def compute_seconds(model: GPT, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> float:
@@ -857,8 +859,6 @@ def plan_cluster(given: dict, asked: argparse.Namespace) -> None:
     if Path(config.data, "meta.json").exists():
         meta, _ = prepare.load_dataset(config.data, verify=False)
     config.model.vocab_size = config.model.vocab_size or meta.get("vocab_size") or fail("give --vocab_size")
-    if asked.tokens:
-        config.steps = math.ceil(asked.tokens / config.batch_tokens)
     if not (asked.gpus > 0 and 0 < asked.mfu <= 1 and asked.gpus % config.shard == 0):
         fail(f"--gpus {asked.gpus} is not a multiple of --shard {config.shard}, or --mfu {asked.mfu} not in (0, 1]")
     print(f"plan for {config.preset}")
@@ -869,6 +869,10 @@ def plan_cluster(given: dict, asked: argparse.Namespace) -> None:
 
 def resident_bytes() -> float:
     """Main memory that this process has used at most so far."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -904,7 +908,8 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]
     state = None
     if resume and given.get("out") and not any(Path(given["out"]).glob("step-*")):
         print(f"there is no checkpoint in {given['out']} yet: a new run begins")
-    elif resume:
+        resume = False
+    if resume:
         run = Path(given["out"]) if given.get("out") else newest_run()
         state, record = load_checkpoint(run)
         print(f"resuming {record.with_suffix('')}, step {state['step']}")
@@ -1061,13 +1066,16 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
         return
     stop_at = config.stop_at or config.steps
     if step >= stop_at:
-        stop(f"{run} is at step {step} already: give more --steps, or a later --stop_at, to go on")
+        stop_all_ranks(f"{run} is at step {step} already: give more --steps, or a later --stop_at, to go on")
     metrics = None
     if rank == 0:
         try:
-            run.mkdir(parents=True, exist_ok=True)
+            run.mkdir(parents=True, exist_ok=resume or given.get("out") is not None)
             for unfinished in run.glob("*.partial"):  # by a process that was killed
                 unfinished.unlink()
+            for record in run.glob("step-*.json"):  # damaged ones, which were passed over
+                if record.name > f"step-{step:08d}.json":
+                    record.unlink()
             prepare.write_json(run / "config.json", asdict(config))
             metrics = Metrics(run, step)
         except OSError as error:
@@ -1089,9 +1097,8 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     )
 
     console = Console()
-    writer, writing = ThreadPoolExecutor(1), Future()
-    writing.set_result(None)
-    best_loss = read_best(run).get("val_loss", math.inf)
+    writer, writing = ThreadPoolExecutor(1), []
+    best_loss = from_rank_0(read_best(run).get("val_loss", math.inf))
     signalled = []
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGINT)}:  # Windows has no third
         signal.signal(number, lambda number, frame: signalled.append(number))
@@ -1099,19 +1106,19 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
 
     def finish_writing() -> None:
         try:
-            writing.result()
+            while writing:
+                writing.pop(0).result()
         except (OSError, RuntimeError) as error:
             fail(f"cannot save in {run} ({error}): the checkpoint before is whole; make room and --resume")
 
     def save() -> None:
         """Copy the state off the device, and leave it to another thread to write."""
-        nonlocal writing
         start = time.monotonic()
         finish_writing()
         state = snapshot(model, optimizers)
         state |= {"step": step, "config": asdict(config), "tokenizer": meta["tokenizer"], "data": fingerprint(meta)}
         if rank == 0:
-            writing = writer.submit(save_checkpoint, run, step, state, config.keep)
+            writing.append(writer.submit(save_checkpoint, run, step, state, config.keep))
             metrics.write(step=step, save_stall=time.monotonic() - start)
 
     first_step, loop_started = step, time.monotonic()
@@ -1130,7 +1137,7 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
             bad = f"step {step + 1}: the gradient's norm is {grad_norm}, the loss not finite on rank {ranks}"
             if skipped > config.skip_bad_steps:
                 finish_writing()
-                stop(f"{bad}; the step was not made: --resume with a lower --lr, or with --skip_bad_steps")
+                stop_all_ranks(f"{bad}; the step was not made: --resume with a lower --lr, or with --skip_bad_steps")
             console.line(f"{bad}; skipped")
             model.zero_grad()
         step += 1
@@ -1166,20 +1173,19 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
 
         # evaluate
         if step == stop_at or (step % config.eval_every == 0 and not leaving):
-            val_loss, error = evaluate(model, val_windows, config, device, autocast)
+            val_loss, val_error = evaluate(model, val_windows, config, device, autocast)
             bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
             console.line(
-                f"step {step:5,}/{config.steps:,}  val_loss {val_loss:.4f} +- {error:.4f}  {bits:.4f} bits per byte"
+                f"step {step:5,}/{config.steps:,}  val_loss {val_loss:.4f} +- {val_error:.4f}  {bits:.4f} bits per byte"
             )
             if metrics:
-                metrics.write(step=step, val_loss=val_loss, val_loss_error=error, val_bits_per_byte=bits)
+                metrics.write(step=step, val_loss=val_loss, val_loss_error=val_error, val_bits_per_byte=bits)
             if val_loss < best_loss:
                 best_loss = val_loss
                 if not saving:
                     save()
                 if rank == 0:
-                    finish_writing()
-                    mark_best(run, step, val_loss)
+                    writing.append(writer.submit(mark_best, run, step, val_loss))
             last_log, last_step = time.monotonic(), step
 
     finish_writing()
@@ -1208,18 +1214,26 @@ def main() -> None:
     if asked.gpus is not None:
         return plan_cluster(given, asked)
     store = start_processes(given.get("timeout", TrainConfig.timeout))
-    status = 0
+    rank, world = dist.get_rank(), dist.get_world_size()
+    status, failure = 0, None
     try:
         train(given, resume, asked.plan)
         dist.barrier()  # no rank hangs up while another has something to say
     except SystemExit as end:
         status = end.code
     except Exception as error:
-        if dist.get_world_size() == 1:
+        if world == 1:
             raise
-        status = blame(store, error)
+        failure = traceback.format_exc(), str(error).split(". ")[0]
     # Only now has the traceback gone that held the model, and with it the connections that are closed here.
     dist.destroy_process_group()
+    if failure:
+        status, silent = 1, roll_call(store, rank, world)
+        if silent:
+            names = ", ".join(map(str, silent))
+            print(f"train.py: error: rank {names} of {world} does not answer ({failure[1]})", file=sys.stderr)
+        else:
+            print(failure[0], file=sys.stderr)
     if status:
         sys.exit(status)
 

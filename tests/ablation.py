@@ -48,10 +48,9 @@ def main() -> None:
     parser.add_argument("--data", default="data/stdlib", help="data set, prepared where need be (%(default)s)")
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (%(default)s)")
     args = parser.parse_args()
-    subprocess.run(
-        [sys.executable, "-c", "import train; train.load_data(train.build_config({}))"], cwd=ROOT, check=True
-    )
-    common = ["--data", str(ROOT / "data/stdlib"), "--steps", str(args.steps), "--eval_every", str(args.steps)]
+    if not Path(args.data, "meta.json").exists():
+        subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--out", args.data], check=True)
+    common = ["--data", args.data, "--steps", str(args.steps), "--eval_every", str(args.steps)]
 
     def run(row: int, rate: float, seed: int) -> tuple[float, str]:
         changes = " ".join(flags for _, flags in STEPS_TO_TODAY[: row + 1]).split()

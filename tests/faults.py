@@ -237,7 +237,7 @@ def fuzz(n: int) -> tuple[int, str]:
 
     def settings() -> None:
         sys.argv = ["train.py", "--config", "config.json"]
-        given, _ = train.parse_command_line()
+        given, *_ = train.parse_command_line()
         try:
             train.build_config(given)
         except (ValueError, TypeError) as error:
