@@ -12,8 +12,8 @@
     biases         everywhere                    nowhere
     dropout        0.1                           none
 
-What each bought is in nats per token of held-out text after 1.1 million tokens (tests/ablation.py): little that early, and
-within the spread between seeds but for the positions, the head of its own, and Muon.
+What each bought is in nats per token of held-out text after 1.1 million tokens (tests/ablation.py): little that early,
+and within the spread between seeds but for the positions, the head of its own, and Muon.
 
 Shapes are written in one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels of a head,
 S longest sequence, E experts, V vocabulary. A reader who wants only today's model can skip each line with a switch.

@@ -1,5 +1,5 @@
-"""Speed on this machine, a row at a time; pytest does not collect this file. Rows compare what ran side by side, or set a
-measurement beside the limit or the prediction of the same run, since machines are noisy.
+"""Speed on this machine, a row at a time; pytest does not collect this file. Machines are noisy: rows compare what ran
+side by side, or set a measurement beside the limit or the prediction of the same run.
 
     python tests/bench.py               all rows, about half an hour on two cores
     python tests/bench.py --only plan   one of them
