@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import prepare
-import train
 
 WORDS = [
     "the",
@@ -97,18 +97,26 @@ def refused(call, capsys):
     return refuse
 
 
-@pytest.fixture
-def run(call, data, tmp_path) -> Path:
-    """A run of 20 steps with dropout and a checkpoint every 5."""
-    flags = [*TINY, "--dropout", 0.1, "--steps", 20, "--save_every", 5, "--eval_every", 10, "--keep", 3]
-    call(train, *flags, "--data", data, "--out", "run")
-    return tmp_path / "run"
-
-
 def shell(script: str, *arguments, cwd: Path, **more) -> subprocess.CompletedProcess:
     """A script run as a user runs it."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", check=False, **more)
+
+
+@pytest.fixture(scope="session")
+def finished_run(data, tmp_path_factory) -> Path:
+    """A run of 20 steps with dropout and a checkpoint every 5."""
+    folder = tmp_path_factory.mktemp("finished")
+    flags = [*TINY, "--dropout", 0.1, "--steps", 20, "--save_every", 5, "--eval_every", 10, "--keep", 3]
+    assert shell("train.py", *flags, "--data", data, "--out", "run", cwd=folder).returncode == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished_run, tmp_path, monkeypatch) -> Path:
+    """A copy of it, in this test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 def environment(**more: str) -> dict[str, str]:
