@@ -877,20 +877,20 @@ def resident_bytes() -> float:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def plan_here(
-    model: GPT, config: TrainConfig, train_step: Callable[[int], None], val_windows: Windows, before: float
-) -> Iterator[str]:
-    """What a run will take on this machine, from a few measured steps; `before` is the memory in use without it."""
+def plan_here(model: GPT, config: TrainConfig, train_step: Callable[[int], None], n_val: int) -> Iterator[str]:
+    """What a run will take on this machine, from a few measured steps; `n_val` is the number of held-out tokens."""
     seconds = []
     for step in range(4):
         start = time.perf_counter()
         train_step(step)
         seconds.append(time.perf_counter() - start)
     step_seconds = statistics.median(seconds[1:])  # the first one warms up
-    evaluated = min(config.eval_tokens, val_windows.n_tokens) * math.ceil(config.steps / config.eval_every)
+    evaluated = min(config.eval_tokens, n_val) * math.ceil(config.steps / config.eval_every)
     evaluation = evaluated * step_seconds / config.batch_tokens / 3  # forward is a third of a step
-    parts = {"program": before, **memory_parts(model, config, config.shard, 4 if config.dtype == "float32" else 2)}
-    parts["checkpoint"] = parts["weights"] + parts["optimizer"]
+    parts = memory_parts(model, config, config.shard, 4 if config.dtype == "float32" else 2)
+    if next(model.parameters()).device.type == "cpu":  # the program, and the copy that a checkpoint is written from
+        parts["program"] = max(0.0, resident_bytes() - sum(parts.values()))
+        parts["checkpoint"] = parts["weights"] + parts["optimizer"]
     tokens = config.steps * config.batch_tokens
     optimal, total = optimal_tokens(model.n_active_params()), config.steps * step_seconds + evaluation
     yield f"tokens   {tokens:.3g}; {optimal:.3g} would need the least compute for their loss, by the law for web text"
@@ -1014,7 +1014,6 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     compile_reason = "as set" if config.compile is not None else "pays on CUDA, only in long runs elsewhere"
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    memory_before = resident_bytes()
     # Build the model, or take it from a checkpoint, on rank 0; give it to all ranks, and spread it over them. The plain
     # one stays beside the wrapped and the compiled one, to save and to sample.
     torch.manual_seed(config.seed)
@@ -1061,7 +1060,7 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     model.train()
     if plan_only:
         print(f"plan for {config.preset} on this machine: {describe_processes(device)}, {device}, {config.dtype}")
-        for line in plan_here(model, config, lambda step: (gradients(step), update(step)), val_windows, memory_before):
+        for line in plan_here(model, config, lambda step: (gradients(step), update(step)), val_windows.n_tokens):
             print(line)
         return
     stop_at = config.stop_at or config.steps
