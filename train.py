@@ -163,6 +163,14 @@ def build_config(chosen: dict) -> TrainConfig:
     return TrainConfig(**chosen, model=shape)
 
 
+def config_of(chosen: dict) -> TrainConfig:
+    """What build_config returns. Ends the program where it raises."""
+    try:
+        return build_config(chosen)
+    except (ValueError, TypeError) as error:
+        fail(str(error))
+
+
 def flatten(config: dict) -> dict:
     """A config as config.json holds it, with the model's fields beside the others."""
     return {name: value for name, value in config.items() if name != "model"} | config.get("model", {})
@@ -203,10 +211,7 @@ def parse_command_line() -> tuple[dict, bool, argparse.Namespace]:
         from_file.pop("out", None)
         given = {**from_file, **given}
     if asked.tokens:
-        try:
-            given["steps"] = math.ceil(asked.tokens / build_config(given).batch_tokens)
-        except (ValueError, TypeError) as error:
-            fail(str(error))
+        given["steps"] = math.ceil(asked.tokens / config_of(given).batch_tokens)
     return given, resume, asked
 
 
@@ -851,10 +856,7 @@ def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int 
 
 def plan_cluster(given: dict, asked: argparse.Namespace) -> None:
     """Print the plan of a run on GPUs that are not here, for the data set where it is."""
-    try:
-        config = build_config(given)
-    except (ValueError, TypeError) as error:
-        fail(str(error))
+    config = config_of(given)
     meta = {}
     if Path(config.data, "meta.json").exists():
         meta, _ = prepare.load_dataset(config.data, verify=False)
@@ -903,8 +905,8 @@ def plan_here(model: GPT, config: TrainConfig, train_step: Callable[[int], None]
 # The run
 
 
-def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]:
-    """The config, the run's folder, and the state to resume from (None for a new run)."""
+def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None, bool]:
+    """The config, the run's folder, the state to begin with (None for a new model), and whether it is to be resumed."""
     state = None
     if resume and given.get("out") and not any(Path(given["out"]).glob("step-*")):
         print(f"there is no checkpoint in {given['out']} yet: a new run begins")
@@ -922,12 +924,9 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]
                 print(f"changed by the command line: {name} from {saved[name]} to {value}")
         given = {**saved, **given}
     elif given.get("init"):
-        shape = load_weights(given["init"])[0]["config"]["model"]
-        given = {**shape, "dropout": GPTConfig.dropout, **given}
-    try:
-        config = build_config(given)
-    except (ValueError, TypeError) as error:
-        fail(str(error))
+        state, _ = load_weights(given["init"])
+        given = {**state["config"]["model"], "dropout": GPTConfig.dropout, **given}
+    config = config_of(given)
     if config.out is None:
         numbered = (f"runs/{config.preset}-{n}" for n in range(1, 10**6))
         config.out = next(name for name in numbered if not Path(name).exists())
@@ -943,7 +942,7 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None]
         )
     if world % config.shard:
         fail(f"{world} processes can't be divided into groups of --shard {config.shard}")
-    return config, run, state
+    return config, run, state, resume
 
 
 def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
@@ -1002,8 +1001,8 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     started = time.monotonic()
     rank, world = dist.get_rank(), dist.get_world_size()
     agree("version or setting", {"torch": torch.__version__, "resume": resume, **given})
-    config, run, state = open_run(given, resume) if rank == 0 else (None, None, None)
-    config, run, resume = from_rank_0((config, run, resume and state is not None))
+    config, run, state, resume = open_run(given, resume) if rank == 0 else (None, None, None, None)
+    config, run, resume = from_rank_0((config, run, resume))
     meta, train_windows, val_windows = load_data(config)
     agree("data set", {"its SHA-256s": fingerprint(meta)})
 
@@ -1018,8 +1017,6 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     # one stays beside the wrapped and the compiled one, to save and to sample.
     torch.manual_seed(config.seed)
     model = GPT(config.model)
-    if rank == 0 and config.init and not resume:
-        state = load_weights(config.init)[0]
     if state:
         take_over(model, state, meta, config, resume)
     for parameter in model.parameters():

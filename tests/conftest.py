@@ -119,5 +119,11 @@ def run(finished_run, tmp_path, monkeypatch) -> Path:
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
+def ranks(process: subprocess.Popen) -> list[int]:
+    """The process ids of the ranks that a torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **more}

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, ranks
 
 import model as model_file
 import prepare
@@ -52,11 +52,6 @@ def last_step(run: str) -> int:
 def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
     while process.poll() is None and last_step(run) < step:
         time.sleep(0.01)
-
-
-def ranks(process: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def newest(run: str) -> dict:
@@ -238,10 +233,7 @@ def fuzz(n: int) -> tuple[int, str]:
     def settings() -> None:
         sys.argv = ["train.py", "--config", "config.json"]
         given, *_ = train.parse_command_line()
-        try:
-            train.build_config(given)
-        except (ValueError, TypeError) as error:
-            prepare.fail(str(error))
+        train.config_of(given)
 
     shutil.copy("fuzzed/config.json", "config.json")
     checkpoint, record, meta = Path("fuzzed/step-00000001.pt"), Path("fuzzed/step-00000001.json"), Path("set/meta.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, ranks
 from test_train import assert_same, rows, state_of
 
 import train
@@ -37,12 +37,6 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == status, printed
     return printed
-
-
-def ranks(process: subprocess.Popen) -> list[int]:
-    """The process ids of the ranks that a torchrun has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def wait_for_step(run: Path, step: int) -> None:
