@@ -129,6 +129,7 @@ GROK = {
 
 PRESETS: dict[str, dict] = {
     "toy": {"n_kv_head": 2},
+    "shakespeare-quick": {"seq_len": 64, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "n_inner": 128},
     "shakespeare": {"seq_len": 256, "n_layer": 4, "n_head": 3, "n_embd": 192},
     "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
@@ -233,7 +234,9 @@ def capped_attention(q, k, v, mask, dropout, is_causal, enable_gqa, cap: float) 
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) / cap)
     if is_causal:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return F.dropout(weights, dropout) @ v
 
 
@@ -265,7 +268,8 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            if T > 1:  # a single token sees all that came before it
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, mask, dropout, is_causal=cache is None, enable_gqa=self.grouped)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))

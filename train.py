@@ -25,6 +25,7 @@ Under Slurm, `srun --ntasks-per-node=1 torchrun ...` does the same. `#SBATCH --s
 """
 
 import argparse
+import gc
 import inspect
 import json
 import math
@@ -43,6 +44,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -83,6 +85,7 @@ class TrainConfig:
     warmup: float = 0.02  # share of the steps in which the learning rate rises
     decay: float = 0.5  # share of the steps, at the end, in which it falls to zero
     weight_decay: float = 0.1  # decoupled weight decay of matrices
+    momentum: float = 0.8  # Muon's; short runs want less
     grad_clip: float = 1.0  # largest norm of the gradient
     skip_bad_steps: int = 0  # steps without a finite gradient that are left out before the run stops
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
@@ -120,15 +123,24 @@ class TrainConfig:
 
 
 # How to train the presets of model.py: the published models by half a million tokens a step, as GPT-2 was.
-PUBLISHED = {"batch_tokens": 524_288, "micro_batch": 1, "steps": 20_000, "lr": 6e-4, "log_every": 1}
+PUBLISHED = {"batch_tokens": 524_288, "micro_batch": 1, "steps": 20_000, "lr": 6e-4, "momentum": 0.95, "log_every": 1}
 RECIPES: dict[str, dict] = {
     "toy": {},
     "grok-toy": {},
-    "shakespeare": {"data": "data/shakespeare", "batch_tokens": 8192, "steps": 500, "lr": 4e-3},
+    "shakespeare-quick": {
+        "data": "data/shakespeare",
+        "batch_tokens": 1536,
+        "micro_batch": 24,
+        "steps": 180,
+        "lr": 1.6e-2,
+        "decay": 0.7,
+    },
+    "shakespeare": {"data": "data/shakespeare", "batch_tokens": 8192, "steps": 400, "lr": 8e-3},
     "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=16),
 }
 
 
+@cache
 def settings(cls: type) -> dict[str, tuple[type, str]]:
     """{name: (type, what it is)} of a config's fields; the second is the comment behind the field."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
@@ -459,36 +471,64 @@ class Windows:
 # Optimizers and schedule
 
 
-class SharedMuon(torch.optim.Muon):
-    """Muon with its matrices dealt out over the ranks: each rank updates its own, and sends the result to all."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Matrices [N, R, C] with their singular vectors kept and their singular values drawn towards one, by five rounds of
+    Newton and Schulz's iteration with the coefficients of Jordan et al. (2024)."""
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
-    def __init__(self, matrices: list[Tensor], **how):
-        self.all, self.rank, self.world = matrices, dist.get_rank(), dist.get_world_size()
-        super().__init__([{"params": matrices[self.rank :: self.world]}], **how)
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with its work done together for matrices of one shape, dealt out over the ranks, and in `dtype`.
+    Torch's takes one matrix after the other, on each rank all of them, and always in bfloat16, which is slow on most
+    CPUs. Updates are scaled to the size of AdamW's (Liu et al., 2025), so that one learning rate serves both."""
+
+    def __init__(self, matrices: list[Tensor], dtype: torch.dtype, **how):
+        super().__init__(matrices, adjust_lr_fn="match_rms_adamw", **how)
+        self.dtype = dtype
+
+    @torch.no_grad()
     def step(self) -> None:
-        super().step()
-        self.send([matrix.detach() for matrix in self.all])
+        rank, world = dist.get_rank(), dist.get_world_size()
+        (group,) = self.param_groups
+        same_shape = defaultdict(list)
+        for matrix in group["params"]:
+            same_shape[matrix.shape].append(matrix)
+        for shape, matrices in same_shape.items():
+            mine = []
+            for i, matrix in enumerate(matrices):
+                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - group["momentum"])
+                update = whole(matrix.grad.lerp(momentum, group["momentum"]).to(self.dtype))
+                if i % world == rank:
+                    mine.append(update)
+            mine = orthogonalised(torch.stack(mine)) if mine else None
+            for i, matrix in enumerate(matrices):
+                if i % world == rank:
+                    update = mine[i // world].contiguous()
+                else:
+                    update = torch.empty(shape, dtype=self.dtype, device=matrix.device)
+                dist.broadcast(update, src=i % world)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(piece(update, matrix), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
-    def send(self, tensors: list[Tensor]) -> None:
-        """Give all ranks the tensors of each one's matrices."""
-        sent = [dist.broadcast(t, src=i % self.world, async_op=True) for i, t in enumerate(tensors)]
-        for work in sent:
-            work.wait()
 
-    def gather_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """The state of all matrices, on every rank."""
-        momenta = [self.state[m]["momentum_buffer"] if m in self.state else torch.zeros_like(m) for m in self.all]
-        self.send(momenta)
-        return {matrix: {"momentum_buffer": momentum} for matrix, momentum in zip(self.all, momenta)}
+def in_muon(model: GPT, config: TrainConfig) -> list[Tensor]:
+    """The matrices in blocks, where Muon is the optimizer."""
+    return [p for p in model.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices in blocks, where a gradient's directions matter more than their sizes; AdamW for the rest.
     Muon's updates are scaled to the size of AdamW's (Liu et al., 2025), so one learning rate serves both."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    in_muon = {id(p) for p in matrices} if config.optimizer == "muon" else set()
-    rest = [p for p in model.parameters() if id(p) not in in_muon]
+    matrices = in_muon(model, config)
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
     adamw = torch.optim.AdamW(
         [
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -498,11 +538,10 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
         betas=(0.9, 0.95),
         fused=True,
     )
-    if not in_muon:
+    if not matrices:
         return [adamw]
-    whole_on_each_rank = dist.get_world_size() > 1 and config.shard == 1
-    muon = (SharedMuon if whole_on_each_rank else torch.optim.Muon)(
-        matrices, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    muon = Muon(
+        matrices, getattr(torch, config.dtype), lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
     )
     return [muon, adamw]
 
@@ -532,7 +571,8 @@ def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.de
         inputs, targets = windows.get(indices[i : i + config.micro_batch], device)
         with autocast:
             logits = model(inputs)
-        losses.append(F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").mean(1).cpu().double())
+        each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        losses.append(each.view_as(targets).mean(1).cpu().double())
     model.train()
     losses = torch.cat(losses)[counts]
     (total,) = summed(losses.sum())
@@ -559,8 +599,7 @@ def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, d
     for parameter, name in names.items():
         copy("model", name, parameter)
     for optimizer in optimizers:
-        state = optimizer.gather_state() if isinstance(optimizer, SharedMuon) else optimizer.state
-        for parameter, tensors in state.items():
+        for parameter, tensors in optimizer.state.items():
             for key, tensor in tensors.items():
                 copy("optimizer", f"{names[parameter]}.{key}", tensor)
     return copies
@@ -763,10 +802,15 @@ def optimal_tokens(n_params: float) -> float:
     return (0.3658 * 2085.43 / (0.3478 * 482.01) * n_params**0.3478) ** (1 / 0.3658)
 
 
-def memory_parts(model: GPT, config: TrainConfig, shard: int, size: int) -> dict[str, float]:
-    """Bytes on each device, by part; `size` is that of a number in activations."""
-    n, tokens = model.n_params(), config.micro_batch * config.model.seq_len
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) if config.optimizer == "muon" else 0
+def product_bytes(config: TrainConfig) -> int:
+    """Of a number in matrix products, hence in activations."""
+    return 4 if config.dtype == "float32" else 2
+
+
+def memory_parts(model: GPT, config: TrainConfig, shard: int) -> dict[str, float]:
+    """Bytes on each device, by part."""
+    n, tokens, size = model.n_params(), config.micro_batch * config.model.seq_len, product_bytes(config)
+    matrices = sum(p.numel() for p in in_muon(model, config))
     block = sum(p.numel() for p in model.blocks[0].parameters())
     return {
         "weights": 4 * n / shard + (2 * 4 * block if shard > 1 else 0),  # sharded: this block's, and the next one's
@@ -777,17 +821,24 @@ def memory_parts(model: GPT, config: TrainConfig, shard: int, size: int) -> dict
     }
 
 
-def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, shard: int, link: float) -> float:
-    """Time in which a step's float32 weights and gradients pass the narrowest link, in rings."""
-    n_bytes, n_micro = 4 * model.n_params(), config.batch_tokens / gpus / (config.micro_batch * config.model.seq_len)
+def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, link: float, compute: float) -> tuple[float, float]:
+    """Seconds in which what a step sends passes the narrowest link, and how many of them do not hide behind `compute`
+    seconds of work. Sent are weights and gradients in float32, in rings, and Muon's updates, one after the other."""
+    shard, n_bytes = config.shard, 4 * model.n_params()
+    n_micro = max(1, config.batch_tokens / gpus / (config.micro_batch * config.model.seq_len))
+    muon_bytes = product_bytes(config) * sum(p.numel() for p in in_muon(model, config))
+    inside = link if shard <= NODE_GPUS else NODE_LINK
+    across = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
 
     def ring(payload: float, members: int, width: float) -> float:  # an all-gather or a reduce-scatter
         return payload * (members - 1) / members / width + (members - 1) * HOP_SECONDS
 
-    width = link if shard <= NODE_GPUS else NODE_LINK
-    sharded = (2 * max(n_micro, 1) + 1) * ring(n_bytes, shard, width)  # gathered forwards and backwards, then scattered
-    width = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
-    return sharded + 2 * ring(n_bytes / shard, gpus // shard, width)  # gradients averaged over the copies
+    gathered = 2 * n_micro * ring(n_bytes, shard, inside)  # forwards and backwards
+    averaged = ring(n_bytes, shard, inside) + 2 * ring(n_bytes / shard, gpus // shard, across)
+    updates = ring(muon_bytes, shard, inside) + (gpus > 1) * muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK)
+    last_backward = compute * 2 / 3 / n_micro  # when DDP averages, in buckets of 25 MiB, of which one comes too late
+    hides = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / n_bytes)
+    return gathered + averaged + updates, max(0.0, gathered + averaged - hides) + updates
 
 
 def compute_seconds(model: GPT, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> float:
@@ -803,10 +854,10 @@ def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int 
     n, active, flops = model.n_params(), model.n_active_params(), model.flops_per_token()
     tokens = config.steps * config.batch_tokens
     loss, optimal, per_gpu = predicted_loss(active, tokens), optimal_tokens(active), config.batch_tokens / gpus
-    parts = memory_parts(model, config, shard, size=2)
+    parts = memory_parts(model, config, shard)
     compute = compute_seconds(model, config, gpu, gpus, mfu)
-    traffic = traffic_seconds(model, config, gpus, shard, device.link)
-    seconds = max(compute, traffic)  # what does not hide behind compute is waited for
+    traffic, waited = traffic_seconds(model, config, gpus, device.link, compute)
+    seconds = compute + waited
     days, speed = config.steps * seconds / 86400, config.batch_tokens / seconds
     failures = FAILURES_PER_GPU_DAY * gpus
     between = 86400 / failures
@@ -826,13 +877,13 @@ def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int 
     yield f"compute    {flops * tokens:.3g} FLOP: {seconds:,.3g} s a step, {speed:,.0f} tokens/s"
     yield f"time       {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
     yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {memory}"
-    yield f"network    {traffic:,.3g} s a step on the narrowest link, beside {compute:,.3g} s of compute"
+    yield f"network    {traffic:,.3g} s a step on the narrowest link; {waited:,.3g} s do not hide behind {compute:,.3g} s of compute"
     yield f"failures   {failures:,.2g} a day, assumed; {lost:.1%} of the time lost, at best, with a checkpoint of"
     yield f"           {state / 1e9:,.1f} GB every {clock(interval)} and restarts of {clock(RESTART_SECONDS)}, assumed"
 
     if used > device.memory:
         divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
-        fits = (s for s in divisors if sum(memory_parts(model, config, s, 2).values()) <= device.memory)
+        fits = (s for s in divisors if sum(memory_parts(model, config, s).values()) <= device.memory)
         smallest = next(fits, None)
         too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB on whatever --shard"
         yield "warning: it does not fit: " + (f"use --shard {smallest}" if smallest else too_large)
@@ -889,7 +940,7 @@ def plan_here(model: GPT, config: TrainConfig, train_step: Callable[[int], None]
     step_seconds = statistics.median(seconds[1:])  # the first one warms up
     evaluated = min(config.eval_tokens, n_val) * math.ceil(config.steps / config.eval_every)
     evaluation = evaluated * step_seconds / config.batch_tokens / 3  # forward is a third of a step
-    parts = memory_parts(model, config, config.shard, 4 if config.dtype == "float32" else 2)
+    parts = memory_parts(model, config, config.shard)
     if next(model.parameters()).device.type == "cpu":  # the program, and the copy that a checkpoint is written from
         parts["program"] = max(0.0, resident_bytes() - sum(parts.values()))
         parts["checkpoint"] = parts["weights"] + parts["optimizer"]
@@ -1078,7 +1129,7 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
             fail(f"cannot write to {run}: {error.strerror}")
 
     tokens = config.steps * config.batch_tokens
-    needed = sum(memory_parts(model, config, config.shard, 4 if dtype == torch.float32 else 2).values())
+    needed = sum(memory_parts(model, config, config.shard).values())
     print(
         f"run      {run}\n"
         f"data     {config.data}: {train_windows.n_tokens:,} tokens to train on, {val_windows.n_tokens:,} held out\n"
@@ -1236,3 +1287,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    gc.freeze()  # or Python looks through all of torch for garbage on its way out

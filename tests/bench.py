@@ -1,28 +1,44 @@
 """Speed on this machine, a row at a time; pytest does not collect this file. Machines are noisy: rows compare what ran
 side by side, or set a measurement beside the limit or the prediction of the same run.
 
-    python tests/bench.py               all rows, about half an hour on two cores
-    python tests/bench.py --only plan   one of them
+    python tests/bench.py                          our own rows, about half an hour on two cores
+    python tests/bench.py --nanogpt DIR            beside a checkout of nanoGPT (its README's settings are for 3adf61e)
+    python tests/bench.py --only quick plan        some of them
+    python tests/bench.py --nanogpt DIR --plot docs.png   a picture of held-out loss against seconds instead
+
+Rows about Shakespeare read data/shakespeare, which the README prepares.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
+import regex
+import tiktoken
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import prepare
 import train
+from model import GPT, PRESETS, GPTConfig, generate
 
 QUIET = ["--eval_every", "1000000", "--eval_tokens", "128", "--save_every", "1000000", "--log_every", "10"]
 DENSE = [
@@ -33,23 +49,50 @@ DENSE = [
     "--n_inner",
     "384",
 ]  # grok-toy with one expert, of the active size
+SEEDS = (1, 2, 3)
+NO_OUTPUT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
 
 
-def run(*arguments: str, processes: int = 1, threads: int = os.cpu_count()) -> tuple[list[dict], float, str]:
-    """Train in a folder of its own. Returns the rows of its metrics, the seconds of the process, and its output."""
+def watch(command: list[str], cwd: Path, threads: int | None = None) -> tuple[list[tuple[float, str]], float, float]:
+    """Run a command. Returns what it printed, each line with the second it came at; its seconds; and its peak bytes."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads or os.cpu_count())}
+    start = time.monotonic()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "encoding": "utf-8", "errors": "replace"}
+    process = subprocess.Popen(list(map(str, command)), cwd=cwd, env=env, **pipes)
+    peaks = [0.0]
+
+    def poll() -> None:  # what wait4 tells would be at least this process's own peak
+        while process.poll() is None:
+            with contextlib.suppress(OSError, AttributeError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peaks.append(1024 * float(re.search(r"VmHWM:\s+(\d+)", status)[1]))
+            time.sleep(0.05)
+
+    poller = Thread(target=poll)
+    poller.start()
+    lines = [(time.monotonic() - start, line) for line in process.stdout]
+    status = process.wait()
+    seconds = time.monotonic() - start
+    poller.join()
+    if status:
+        sys.exit(f"{' '.join(map(str, command))} failed: run it by hand to see why")
+    return lines, seconds, max(peaks)
+
+
+def ours(
+    *arguments, processes: int = 1, threads: int | None = None
+) -> tuple[list[dict], list[tuple[float, str]], float, float]:
+    """Train in a folder of its own. Returns the rows of its metrics, and what watch() returns."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
-        data = [] if "--data" in arguments else ["--data", str(ROOT / "data/stdlib")]
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *data, "--out", f"{folder}/run", *arguments]
-        start = time.monotonic()
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(
-            command, env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        seconds = time.monotonic() - start
+        command = [sys.executable, *launcher, ROOT / "train.py", "--out", f"{folder}/run", *arguments]
+        lines, seconds, peak = watch(command, ROOT, threads)
         path = Path(folder, "run/metrics.jsonl")
         rows = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(row) for row in rows], seconds, done.stdout
+        return [json.loads(row) for row in rows], lines, seconds, peak
 
 
 def speed(rows: list[dict]) -> float:
@@ -57,67 +100,343 @@ def speed(rows: list[dict]) -> float:
     return statistics.median([row["tokens_per_second"] for row in rows if "loss" in row][2:])
 
 
-def limits() -> str:
-    peaks = [f"{train.measured_peak(dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in (torch.float32, torch.bfloat16)]
-    return f"matrix products on {torch.get_num_threads()} threads: {', '.join(peaks)}"
+class NanoGPT:
+    """A copy of a checkout, with Shakespeare prepared as its README says; the text is taken from our data set."""
+
+    def __init__(self, checkout: Path, folder: Path):
+        self.folder = shutil.copytree(checkout, folder / "nanogpt")
+        _, shards = prepare.load_dataset(ROOT / "data/shakespeare")
+        tokens = np.concatenate([*shards["train"], *shards["val"]])
+        here = self.folder / "data/shakespeare_char"
+        (here / "input.txt").write_bytes(tokens[tokens < 256].astype(np.uint8).tobytes())
+        watch([sys.executable, "prepare.py"], here)
+
+    def train(self, *arguments: str) -> tuple[list[tuple[float, str]], float]:
+        command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", *arguments]
+        return watch(command, self.folder)[:2]
+
+    def readme_on_a_cpu(self) -> tuple[list[tuple[float, str]], float]:
+        flags = "--compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
+        flags += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+        return self.train(*flags.split())
+
+    def python(self, code: str) -> str:
+        """What a few lines print that import its model."""
+        return watch([sys.executable, "-c", code], self.folder)[0][-1][1]
 
 
-def start() -> str:
-    times = [run("--steps", "1", *QUIET)[1] for _ in range(3)]
-    return f"python train.py --steps 1, whole process, with its text at the end: {statistics.median(times):.1f} s"
+def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
+    """(seconds, held-out loss) at each evaluation, from either program's output."""
+    found = [(seconds, re.search(r"step.* val[_ ]loss ([\d.]+)", line)) for seconds, line in lines]
+    return [(seconds, float(match[1])) for seconds, match in found if match]
 
 
-def plan() -> str:
-    """What --plan says of the main job beside what it then takes."""
-    said = run("--plan")[2]
-    minutes, seconds = re.search(r"time +(\d+):(\d+)", said).groups()
-    planned, memory = 60 * int(minutes) + int(seconds), float(re.search(r"memory +([\d.]+)", said)[1])
-    taken = run()[1]
-    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: each returns what nanoGPT did ("" without it), what ours did, and the ratio, limit or prediction to hold it to
+
+
+def limits(nano) -> tuple[str, str, str]:
+    """Matrix products of 1024 x 1024, and reading memory"""
+    peaks = [f"{train.measured_peak(dtype) / 1e9:.0f} GFLOP/s {dtype}" for dtype in (torch.float32, torch.bfloat16)]
+    return "", ", ".join(peaks), f"{torch.get_num_threads()} threads"
+
+
+def quick(nano) -> tuple[str, str, str]:
+    """Shakespeare to a held-out loss of 1.8857, whole process"""
+    runs = [ours("--preset", "shakespeare-quick", "--seed", seed) for seed in SEEDS]
+    losses = sorted(rows[-1]["val_loss"] for rows, *_ in runs)
+    seconds = statistics.median(seconds for _, _, seconds, _ in runs)
+    told = f"{losses[1]:.4f} after {seconds:.1f} s (losses {losses})"
+    if not nano:
+        return "", told, ""
+    lines, theirs = nano.readme_on_a_cpu()
+    return f"{curve(lines)[-1][1]:.4f} after {theirs:.1f} s", told, f"{seconds / theirs:.3f} of its time"
+
+
+def shakespeare(nano) -> tuple[str, str, str]:
+    """Shakespeare to a held-out loss of 1.4697, whole process"""
+    runs = [ours("--preset", "shakespeare", "--seed", seed) for seed in SEEDS]
+    losses = sorted(rows[-1]["val_loss"] for rows, *_ in runs)
+    seconds = statistics.median(seconds for _, _, seconds, _ in runs)
     return (
-        f"main job: planned {planned} s, took {taken:.0f} s ({planned / taken:.2f});"
-        f" planned {memory:.2f} GB, took {used:.2f} GB ({memory / used:.2f})"
+        "its README: 1.4697 after 3 minutes on an A100",
+        f"{losses[1]:.4f} after {seconds:.0f} s (losses {losses})",
+        "",
     )
 
 
-def processes() -> str:
-    """Two processes of one thread against one process of two, with the same global batch."""
-    flags, ratios = ["--steps", "60", *QUIET], []
+def throughput(nano) -> tuple[str, str, str]:
+    """Training GPT-2's shape: 6 layers, 384 channels, context 256, batch 64"""
+    shape = "--n_layer 6 --n_head 6 --n_embd 384 --seq_len 256 --norm layer --norm_eps 1e-5 --position learned"
+    shape += " --no-qk_norm --no-gated --activation gelu --tied --data data/shakespeare --optimizer adamw"
+    flags = [*shape.split(), "--batch_tokens", 64 * 256, "--steps", 6, *QUIET, "--log_every", 1]
+    rows, *_ = ours(*flags)
+    reached = speed(rows)
+    share = f"{statistics.median(row['mfu'] for row in rows if 'mfu' in row):.0%} of the peak of products"
+    if not nano:
+        return "", f"{reached:,.0f} tokens/s", share
+    theirs = []
+    for compiled in (False, True):
+        how = ["--dropout=0.0", "--eval_iters=1", "--eval_interval=1000000", "--log_interval=1", "--max_iters=6"]
+        lines, _ = nano.train(f"--compile={compiled}", *how)
+        times = [float(found[1]) / 1000 for _, line in lines if (found := re.search(r"time ([\d.]+)ms", line))]
+        theirs.append(64 * 256 / statistics.median(times[2:]))
+    eager, compiled = theirs
+    told = f"{eager:,.0f} tokens/s, compiled {compiled:,.0f}"
+    return told, f"{reached:,.0f} tokens/s", f"{reached / eager:.2f} x, {reached / compiled:.2f} x compiled; {share}"
+
+
+NANO_SAMPLES = """
+import time, torch
+from model import GPT, GPTConfig
+model = GPT(GPTConfig()).eval()
+model.generate(torch.zeros(1, 16, dtype=torch.long), 2)
+start = time.perf_counter()
+model.generate(torch.zeros(1, 16, dtype=torch.long), 256)
+print(256 / (time.perf_counter() - start))
+"""
+
+
+def sampling(nano) -> tuple[str, str, str]:
+    """Sampling GPT-2 124M: 256 tokens after 16"""
+    model = GPT(GPTConfig(**PRESETS["gpt2"])).eval()
+    weights = [p.detach() for name, p in model.named_parameters() if p.ndim == 2 and "positions" not in name]
+    vectors = [torch.ones(1, weight.size(1)) for weight in weights]
+    passes, rates = [], {}
+    for _ in range(9):  # a matrix times a vector reads the matrix once
+        start = time.perf_counter()
+        for vector, weight in zip(vectors, weights):
+            torch.nn.functional.linear(vector, weight)
+        passes.append(time.perf_counter() - start)
+    limit = 1 / statistics.median(passes)
+    for streams in (1, 8):
+        tokens = generate(model, torch.zeros(streams, 16, dtype=torch.long))
+        next(tokens)
+        start = time.perf_counter()
+        for _ in islice(tokens, 255):
+            pass
+        rates[streams] = 255 / (time.perf_counter() - start)
+    told = f"{rates[1]:.1f} tokens/s, 8 streams {8 * rates[8]:.1f}"
+    share = f"{rates[1] / limit:.0%} of reading the weights once a token"
+    if not nano:
+        return "", told, share
+    theirs = float(nano.python(NANO_SAMPLES))
+    return (
+        f"{theirs:.1f} tokens/s",
+        told,
+        f"{rates[1] / theirs:.1f} x, 8 streams {8 * rates[8] / theirs:.1f} x; {share}",
+    )
+
+
+def preparing(nano) -> tuple[str, str, str]:
+    """Preparing 450 MB for GPT-2's tokenizer, whole process"""
+    text = "".join(path.read_text(encoding="utf-8") for path in prepare.default_corpus())
+    tokenizer, cores, alone = tiktoken.get_encoding("gpt2"), os.cpu_count(), {}
+    pieces = [text[i : i + 2**20] for i in range(0, len(text), 2**20)] * 3
+    for n in (1, cores):
+        start = time.perf_counter()
+        with ThreadPoolExecutor(n) as pool:
+            for _ in pool.map(partial(prepare.encode, tokenizer), pieces):
+                pass
+        alone[n] = 3 * len(text.encode()) / (time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            while file.tell() < 450e6:
+                file.write(text)
+        size = path.stat().st_size
+        command = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", "gpt2", "--out", f"{folder}/set"]
+        _, seconds, peak = watch(command, Path(folder))
+    told = f"{size / seconds / 1e6:.1f} MB/s, {peak / 1e6:.0f} MB of memory"
+    theirs = f"tiktoken alone: {alone[1] / 1e6:.1f} MB/s on one core, {alone[cores] / 1e6:.1f} on {cores}"
+    share = f"{size / seconds / alone[1] / cores:.2f} x cores x one core's, {size / seconds / alone[cores]:.2f} x all cores'"
+    return theirs, told, share
+
+
+def bpe(nano) -> tuple[str, str, str]:
+    """Learning bpe:4096 from the default corpus, one thread"""
+    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()]
+    start = time.perf_counter()
+    prepare.train_bpe(Counter(chunk for text in texts for chunk in regex.findall(prepare.CHUNK_PATTERN, text)), 4096)
+    seconds, others = time.perf_counter() - start, []
+    try:
+        import rustbpe
+
+        start = time.perf_counter()
+        rustbpe.Tokenizer().train_from_iterator(iter(texts), 4096, pattern=prepare.CHUNK_PATTERN)
+        others.append(f"rustbpe {time.perf_counter() - start:.1f} s")
+    except ImportError:
+        others.append("rustbpe is not installed")
+    try:
+        import tokenizers
+
+        published = tokenizers.Tokenizer(tokenizers.models.BPE())
+        published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=4096, show_progress=False)
+        start = time.perf_counter()
+        published.train_from_iterator(iter(texts), trainer)
+        others.append(f"tokenizers {time.perf_counter() - start:.1f} s")
+    except ImportError:
+        others.append("tokenizers is not installed")
+    return ", ".join(others), f"{seconds:.1f} s", "to reach: 20 s"
+
+
+def start(nano) -> tuple[str, str, str]:
+    """From the command to the first step made"""
+    parts = {"import torch": [], "import train": [], "the run begins": [], "step 1 made": []}
     for _ in range(3):
-        one, two = run(*flags, threads=2)[0], run(*flags, processes=2, threads=1)[0]
+        parts["import torch"].append(watch([sys.executable, "-c", "import torch"], ROOT)[1])
+        parts["import train"].append(watch([sys.executable, "-c", "import train"], ROOT)[1])
+        _, lines, *_ = ours("--steps", 1, *QUIET)
+        parts["the run begins"].append(next(seconds for seconds, line in lines if line.startswith("compile")))
+        parts["step 1 made"].append(next(seconds for seconds, line in lines if re.match(r"step +1/", line)))
+    times = ", ".join(f"{what} {statistics.median(seconds):.1f}" for what, seconds in parts.items())
+    return "", f"seconds: {times}", "to reach: 4 s"
+
+
+def plan(nano) -> tuple[str, str, str]:
+    """What --plan says of the main job beside what it then takes"""
+    _, lines, *_ = ours("--plan")
+    said = "".join(line for _, line in lines)
+    minutes, seconds = re.search(r"time +(\d+):(\d+)", said).groups()
+    planned, memory = 60 * int(minutes) + int(seconds), float(re.search(r"memory +([\d.]+)", said)[1])
+    _, _, taken, peak = ours()
+    told = f"planned {planned} s and {memory:.2f} GB, took {taken:.0f} s and {peak / 1e9:.2f} GB"
+    return "", told, f"{planned / taken:.2f} of the time, {memory / peak * 1e9:.2f} of the memory"
+
+
+def processes(nano) -> tuple[str, str, str]:
+    """Two processes of one thread beside one of two, same global batch"""
+    flags, ratios = ["--steps", 60, *QUIET], []
+    for _ in range(3):
+        one, two = ours(*flags, threads=2)[0], ours(*flags, processes=2, threads=1)[0]
         ratios.append(speed(two) / speed(one))
-    return f"2 processes x 1 thread beside 1 x 2: {statistics.median(ratios):.2f} of the tokens/s (3 pairs: {ratios})"
+    return "", f"{statistics.median(ratios):.2f} of the tokens/s", f"3 pairs: {', '.join(f'{r:.2f}' for r in ratios)}"
 
 
-def experts() -> str:
-    """Eight experts, two active, against a dense model of the same active size."""
-    flags, ratios = ["--preset", "grok-toy", "--steps", "60", *QUIET], []
+@contextlib.contextmanager
+def two_nodes(bits_per_second: float) -> Iterator[list[list[str]]]:
+    """Two network namespaces joined by a slow link, as the beginnings of two commands that start a node each."""
+
+    def ip(command: str) -> None:
+        subprocess.run(["ip", *command.split()], check=True)
+
+    nodes = ("bench0", "bench1")
+    try:
+        for node in nodes:
+            ip(f"netns add {node}")
+        ip("link add veth0 netns bench0 type veth peer name veth1 netns bench1")
+        starts = []
+        for i, node in enumerate(nodes):
+            ip(f"-n {node} addr add 10.99.0.{i + 1}/24 dev veth{i}")
+            ip(f"-n {node} link set veth{i} up")
+            ip(f"-n {node} link set lo up")
+            slow = f"tc qdisc add dev veth{i} root tbf rate {bits_per_second:.0f}bit burst 256kb latency 50ms"
+            ip(f"netns exec {node} {slow}")
+            torchrun = f"{sys.executable} -m torch.distributed.run --nnodes=2 --rdzv-backend=c10d --rdzv-id=bench"
+            torchrun += f" --rdzv-endpoint=10.99.0.1:29400 --rdzv-conf=is_host={i == 0} --local-addr=10.99.0.{i + 1}"
+            starts.append(f"ip netns exec {node} env GLOO_SOCKET_IFNAME=veth{i} {torchrun}".split())
+        yield starts
+    finally:
+        for node in nodes:
+            subprocess.run(["ip", "netns", "del", node], check=False)
+
+
+def network(nano) -> tuple[str, str, str]:
+    """Two nodes behind a slow link: seconds of a step as planned and as measured (needs root and iproute2)"""
+    flags = ["--steps", "12", "--log_every", "1", "--eval_tokens", "128", "--dtype", "float32"]
+    config = train.build_config({"vocab_size": 4096, "dtype": "float32"})
+    compute = config.batch_tokens / speed(ours(*flags, processes=2, threads=1)[0])
+    with torch.device("meta"):
+        model = GPT(config.model)
+    told, ratios = [], []
+    for name, bits in (("100 Mbit/s", 1e8), ("1 Gbit/s", 1e9)):
+        planned = compute + train.traffic_seconds(model, config, 2, bits / 8, compute)[1]
+        with two_nodes(bits) as starts, tempfile.TemporaryDirectory() as folder:
+            head, other = ([*start, str(ROOT / "train.py"), "--out", f"{folder}/run", *flags] for start in starts)
+            with subprocess.Popen(other, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **NO_OUTPUT):
+                watch(head, ROOT, threads=1)
+            rows = [json.loads(row) for row in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+        measured = config.batch_tokens / speed(rows)
+        told.append(f"{name}: planned {planned:.2f}, took {measured:.2f}")
+        ratios.append(f"{planned / measured:.2f}")
+    return "", "; ".join(told), f"{' and '.join(ratios)} of the time; {compute:.2f} without the link"
+
+
+def experts(nano) -> tuple[str, str, str]:
+    """Eight experts, two active, beside a dense model of the same active size"""
+    flags, ratios = ["--preset", "grok-toy", "--steps", 60, *QUIET], []
     for _ in range(3):
-        ratios.append(speed(run(*flags)[0]) / speed(run(*flags, *DENSE)[0]))
-    return f"8 experts of which 2 run, beside one of their size: {statistics.median(ratios):.2f} of the tokens/s"
+        ratios.append(speed(ours(*flags)[0]) / speed(ours(*flags, *DENSE)[0]))
+    return "", f"{statistics.median(ratios):.2f} of the tokens/s", f"3 pairs: {', '.join(f'{r:.2f}' for r in ratios)}"
 
 
-def saves() -> str:
-    """The share of time in which the loop waits, when it saves about every ten seconds."""
-    rows, _, _ = run("--steps", "200", *QUIET, "--save_every", "40")
+def saves(nano) -> tuple[str, str, str]:
+    """The share of time in which the loop waits when it saves often"""
+    rows, *_ = ours("--steps", 200, *QUIET, "--save_every", 40)
     stalls = [row["save_stall"] for row in rows if "save_stall" in row]
     seconds = max(row["seconds"] for row in rows if "seconds" in row)
-    every = seconds / len(stalls)
-    stall = 1000 * statistics.mean(stalls)
-    return f"saving every {every:.0f} s: {stall:.0f} ms of stall each, {sum(stalls) / seconds:.2%} of the time"
+    told = f"{sum(stalls) / seconds:.2%}, {1000 * statistics.mean(stalls):.0f} ms each"
+    return "", told, f"saving every {seconds / len(stalls):.0f} s; to reach: 1%"
 
 
-ROWS = {"limits": limits, "start": start, "plan": plan, "processes": processes, "experts": experts, "saves": saves}
+ROWS = {
+    row.__name__: row
+    for row in (
+        limits,
+        start,
+        quick,
+        throughput,
+        sampling,
+        preparing,
+        bpe,
+        processes,
+        network,
+        experts,
+        saves,
+        plan,
+        shakespeare,
+    )
+}
+
+
+def plot(path: Path, nano: NanoGPT) -> None:
+    """Held-out loss against seconds since the command was given, evaluations included."""
+    import matplotlib.pyplot as plt
+
+    runs = {
+        "nanoGPT, its README on a CPU": nano.readme_on_a_cpu()[0],
+        "nanofactory, --preset shakespeare-quick": ours("--preset", "shakespeare-quick", "--eval_every", 40)[1],
+        "nanofactory, --preset shakespeare": ours("--preset", "shakespeare", "--eval_every", 20)[1],
+    }
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, lines in runs.items():
+        seconds, losses = zip(*curve(lines))
+        axes.plot(seconds, losses, marker=".", label=name)
+    axes.set(xscale="log", xlabel="seconds, whole process", ylabel="held-out loss, nats per byte", ylim=(None, 2.6))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows (all)")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT to run beside ours")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw curves instead (needs matplotlib, --nanogpt)"
+    )
     args = parser.parse_args()
-    if not (ROOT / "data/stdlib/meta.json").exists():
-        subprocess.run([sys.executable, "prepare.py"], cwd=ROOT, check=True)
-    for name in args.only:
-        print(f"{name:10} {ROWS[name]()}", flush=True)
+    os.chdir(ROOT)
+    if not Path("data/stdlib/meta.json").exists():
+        watch([sys.executable, "prepare.py"], ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        nano = NanoGPT(args.nanogpt.resolve(), Path(folder)) if args.nanogpt else None
+        if args.plot:
+            return plot(args.plot, nano)
+        print("| | nanoGPT, or others | nanofactory | |\n|---|---|---|---|")
+        for name in args.only:
+            print(f"| {ROWS[name].__doc__} | {' | '.join(ROWS[name](nano))} |", flush=True)
 
 
 if __name__ == "__main__":

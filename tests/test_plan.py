@@ -90,7 +90,7 @@ def test_meta_s_run_is_planned_at_meta_s_pace(call, capsys):
     """Without the network, which Meta shared out in more ways than this program knows."""
     flags = ["--gpus", 16384, "--mfu", 400 / 989, "--batch_tokens", 2048 * 8192, "--tokens", 15.6e12, "--shard", 128]
     printed = plan_of(call, capsys, "--preset", "llama3-405b", *flags)
-    seconds = float(re.search(r"beside ([\d.]+) s of compute", printed)[1])
+    seconds = float(re.search(r"behind ([\d.]+) s of compute", printed)[1])
     assert seconds == pytest.approx(6.7, rel=0.03)
     assert 186 == pytest.approx(24 * 60 / float(re.search(r"failures +([\d.]+)", printed)[1]), rel=0.01)
 

@@ -121,20 +121,36 @@ def test_accumulated_micro_batches_equal_one_batch(call, data, tmp_path):
         )
     one, eight = state_of(tmp_path / "m1", 5)["model"], state_of(tmp_path / "m8", 5)["model"]
     for name in one:
-        torch.testing.assert_close(one[name], eight[name], atol=2e-3, rtol=0)  # Muon's products are in bfloat16
+        torch.testing.assert_close(one[name], eight[name], atol=1e-4, rtol=0)
     a, b = rows(tmp_path / "m1", "loss"), rows(tmp_path / "m8", "loss")
-    assert a[1] == pytest.approx(b[1], abs=1e-5) and a[5] == pytest.approx(b[5], abs=1e-3)
+    assert a == pytest.approx(b, abs=1e-5)
 
 
 @pytest.mark.parametrize("optimizer, names", [("muon", ["Muon", "AdamW"]), ("adamw", ["AdamW"])])
 def test_every_parameter_has_one_optimizer_and_only_matrices_of_blocks_have_muon(optimizer, names, alone):
     model = GPT(GPTConfig(vocab_size=50, bias=True))
-    optimizers = train.make_optimizers(model, train.TrainConfig(optimizer=optimizer))
+    optimizers = train.make_optimizers(model, train.TrainConfig(optimizer=optimizer, dtype="float32"))
     assert [type(o).__name__ for o in optimizers] == names
     held = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
     assert sorted(itertools.chain(*held)) == sorted(id(p) for p in model.parameters())
     if optimizer == "muon":
         assert set(held[0]) == {id(p) for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.0), (torch.float32, 2e-3)])
+def test_muon_makes_the_steps_of_torch_s_muon(alone, dtype, tolerance):
+    """Which works in bfloat16 on one matrix after the other; float32 differs by what that rounds."""
+    ours = [torch.randn(shape, requires_grad=True) for shape in [(32, 64), (64, 32), (32, 64), (32, 32)]]
+    theirs = [matrix.detach().clone().requires_grad_() for matrix in ours]
+    how = {"lr": 0.02, "weight_decay": 0.5, "momentum": 0.9}
+    optimizers = train.Muon(ours, dtype, **how), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **how)
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 def test_the_loss_falls_below_that_of_guessing_by_letter_frequency(call, data, tmp_path):
