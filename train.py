@@ -847,62 +847,65 @@ def compute_seconds(model: GPT, config: TrainConfig, gpu: str, gpus: int, mfu: f
 
 
 def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int | None) -> Iterator[str]:
-    """What a run will take on a cluster, from published peaks, a line at a time; then what speaks against it."""
+    """What a run will take on a cluster, from published peaks; then what speaks against it. Each line of the plan comes
+    behind the formulas that it rests on."""
     with torch.device("meta"):
         model = GPT(config.model)
-    device, shard = ACCELERATORS[gpu], config.shard
+    device, shard, against = ACCELERATORS[gpu], config.shard, []
     n, active, flops = model.n_params(), model.n_active_params(), model.flops_per_token()
-    tokens = config.steps * config.batch_tokens
-    loss, optimal, per_gpu = predicted_loss(active, tokens), optimal_tokens(active), config.batch_tokens / gpus
-    parts = memory_parts(model, config, shard)
-    compute = compute_seconds(model, config, gpu, gpus, mfu)
-    traffic, waited = traffic_seconds(model, config, gpus, device.link, compute)
-    seconds = compute + waited
-    days, speed = config.steps * seconds / 86400, config.batch_tokens / seconds
-    failures = FAILURES_PER_GPU_DAY * gpus
-    between = 86400 / failures
-    state = parts["optimizer"] * shard + 4 * n
-    stall = state / COPY_BYTES_PER_SECOND
-    interval = math.sqrt(2 * stall * between)  # Young, 1974
-    lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
-    used, memory = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
-
     yield f"machine    {gpus:,} x {gpu}, {device.flops * mfu / 1e12:,.0f} TFLOP/s each: {mfu:.0%} of the peak, assumed"
     yield f"model      {n:,} parameters, {active:,} active; {flops:,} FLOP per token"
+
+    tokens = config.steps * config.batch_tokens
+    loss, optimal = predicted_loss(active, tokens), optimal_tokens(active)
+    critical = 2e8 / loss**4.76  # Kaplan et al., 2020
     yield f"tokens     {tokens:.3g} in {config.steps:,} steps; {optimal:.3g} would take least compute for their loss"
     yield f"loss       {loss:.2f} by the law for web text: extrapolated above 16B parameters, for experts a guess from"
     yield "           the active ones, for other text no prediction"
+    if config.batch_tokens > critical:
+        against.append(f"batches above the critical size, about {critical:,.0f} tokens at this loss, buy little")
     if data_tokens:
         yield f"data       {data_tokens:,} tokens: {tokens / data_tokens:.2f} epochs"
-    yield f"compute    {flops * tokens:.3g} FLOP: {seconds:,.3g} s a step, {speed:,.0f} tokens/s"
-    yield f"time       {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
-    yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {memory}"
-    yield f"network    {traffic:,.3g} s a step on the narrowest link; {waited:,.3g} s do not hide behind {compute:,.3g} s of compute"
-    yield f"failures   {failures:,.2g} a day, assumed; {lost:.1%} of the time lost, at best, with a checkpoint of"
-    yield f"           {state / 1e9:,.1f} GB every {clock(interval)} and restarts of {clock(RESTART_SECONDS)}, assumed"
+        if tokens > 4 * data_tokens:  # Muennighoff et al., 2023
+            against.append("the data runs out: beyond about four epochs, text seen again teaches little")
 
+    compute = compute_seconds(model, config, gpu, gpus, mfu)
+    traffic, waited = traffic_seconds(model, config, gpus, device.link, compute)
+    seconds = compute + waited
+    days = config.steps * seconds / 86400
+    yield f"compute    {flops * tokens:.3g} FLOP, {compute:,.3g} s a step"
+    yield f"network    {traffic:,.3g} s a step on the narrowest link, of which {waited:,.3g} s do not hide behind compute"
+    speed = f"{seconds:,.3g} s a step, {config.batch_tokens / seconds:,.0f} tokens/s"
+    yield f"time       {speed}: {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
+    sequences, per_gpu = config.batch_tokens // config.model.seq_len, config.batch_tokens / gpus
+    if gpus > sequences:
+        against.append(f"{gpus:,} GPUs share {sequences:,} sequences a step, so some have none: data parallelism ends")
+    if traffic > compute:
+        enough = f"which takes about {per_gpu * traffic / compute:,.0f}"
+        against.append(f"{per_gpu:,.0f} tokens a GPU and step do not hide the traffic, {enough}")
+    if gpus > sequences or traffic > compute:
+        against.append("larger clusters add tensor, pipeline and expert parallelism, which this program does not have")
+
+    parts = memory_parts(model, config, shard)
+    used, listed = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
+    yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {listed}"
     if used > device.memory:
         divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
-        fits = (s for s in divisors if sum(memory_parts(model, config, s).values()) <= device.memory)
-        smallest = next(fits, None)
+        smallest = next((s for s in divisors if sum(memory_parts(model, config, s).values()) <= device.memory), None)
         too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB on whatever --shard"
-        yield "warning: it does not fit: " + (f"use --shard {smallest}" if smallest else too_large)
-    sequences = config.batch_tokens // config.model.seq_len
-    if gpus > sequences:
-        yield f"warning: {gpus:,} GPUs share {sequences:,} sequences a step, so some have none: data parallelism ends"
-    if traffic > compute:
-        enough = per_gpu * traffic / compute
-        yield f"warning: {per_gpu:,.0f} tokens a GPU and step do not hide the traffic, which takes about {enough:,.0f}"
-    if gpus > sequences or traffic > compute:
-        yield "         larger clusters add tensor, pipeline and expert parallelism, which this program does not have"
-    if config.batch_tokens > (critical := 2e8 / loss**4.76):  # Kaplan et al., 2020
-        yield f"warning: batches above the critical size, about {critical:,.0f} tokens at this loss, buy little"
+        against.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
+
+    failures, state = FAILURES_PER_GPU_DAY * gpus, parts["optimizer"] * shard + 4 * n
+    between, stall = 86400 / failures, state / COPY_BYTES_PER_SECOND
+    interval = clock(math.sqrt(2 * stall * between))  # Young, 1974
+    lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
+    yield f"failures   {failures:,.2g} a day, assumed; {lost:.1%} of the time lost, at best, with a checkpoint of"
+    yield f"           {state / 1e9:,.1f} GB every {interval} and restarts of {clock(RESTART_SECONDS)}, assumed"
     if state > 1e12:
-        yield f"warning: a checkpoint of {state / 1e12:.1f} TB is gathered on rank 0; others write it in pieces"
+        against.append(f"a checkpoint of {state / 1e12:.1f} TB is gathered on rank 0; others write it in pieces")
     if lost > 0.1:
-        yield f"warning: failures take {lost:.0%} of the time"
-    if data_tokens and tokens > 4 * data_tokens:  # Muennighoff et al., 2023
-        yield "warning: the data runs out: beyond about four epochs, text seen again teaches little"
+        against.append(f"failures take {lost:.0%} of the time")
+    yield from (f"warning    {reason}" for reason in against)
 
 
 def plan_cluster(given: dict, asked: argparse.Namespace) -> None:

@@ -1,9 +1,12 @@
 """The plan of a run, against published runs: what they were and what their authors measured."""
 
 import re
+import statistics
 
 import pytest
 import torch
+from conftest import TINY
+from test_train import rows
 
 import train
 from model import GPT, PRESETS, GPTConfig
@@ -90,7 +93,7 @@ def test_meta_s_run_is_planned_at_meta_s_pace(call, capsys):
     """Without the network, which Meta shared out in more ways than this program knows."""
     flags = ["--gpus", 16384, "--mfu", 400 / 989, "--batch_tokens", 2048 * 8192, "--tokens", 15.6e12, "--shard", 128]
     printed = plan_of(call, capsys, "--preset", "llama3-405b", *flags)
-    seconds = float(re.search(r"behind ([\d.]+) s of compute", printed)[1])
+    seconds = float(re.search(r"FLOP, ([\d.]+) s a step", printed)[1])
     assert seconds == pytest.approx(6.7, rel=0.03)
     assert 186 == pytest.approx(24 * 60 / float(re.search(r"failures +([\d.]+)", printed)[1]), rel=0.01)
 
@@ -158,3 +161,12 @@ def test_activations_are_counted_as_autograd_keeps_them():
             logits = model(torch.randint(64, (8, 128)))
         assert logits.requires_grad
         assert 4 * 8 * 128 * model.activations_per_token() == pytest.approx(sum(saved.values()), rel=0.2), changes
+
+
+def test_seconds_planned_for_this_machine_are_about_those_taken(call, capsys, data, tmp_path):
+    """With wide bounds, since the machine may be busy: a plan that were off by a batch or an epoch is off by more."""
+    flags = [*TINY, "--data", data, "--batch_tokens", 4096, "--steps", 40, "--log_every", 1]
+    planned = float(re.search(r"40 steps of ([\d.e-]+) s", plan_of(call, capsys, *flags))[1])
+    call(train, *flags, "--out", "r")
+    taken = 4096 / statistics.median(rows(tmp_path / "r", "tokens_per_second").values())
+    assert 1 / 4 < planned / taken < 4
