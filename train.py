@@ -499,7 +499,7 @@ class Muon(torch.optim.Muon):
         same_shape = defaultdict(list)
         for matrix in group["params"]:
             same_shape[matrix.shape].append(matrix)
-        for shape, matrices in same_shape.items():
+        for shape, matrices in same_shape.items():  # the i-th of them is the work of rank i % world
             mine = []
             for i, matrix in enumerate(matrices):
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))

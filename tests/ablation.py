@@ -24,7 +24,7 @@ STEPS_TO_TODAY = [
     ("SwiGLU", "--gated --activation silu"),
     ("QK-norm", "--qk_norm"),
     ("untied head", "--no-tied"),
-    ("Muon", "--optimizer muon"),
+    ("Muon", "--optimizer muon --momentum 0.95"),
 ]
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
