@@ -12,6 +12,7 @@ goes on with the newest half of it in view.
 
 import argparse
 import codecs
+import gc
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -142,3 +143,4 @@ if __name__ == "__main__":
         print()
     except BrokenPipeError:  # the reader, head say, has seen enough
         sys.stderr.close()
+    gc.freeze()  # for a quick exit, as in train.py

@@ -494,6 +494,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Apply the gradients. All ranks must come here."""
         rank, world = dist.get_rank(), dist.get_world_size()
         (group,) = self.param_groups
         same_shape = defaultdict(list)
@@ -513,7 +514,8 @@ class Muon(torch.optim.Muon):
                     update = mine[i // world].contiguous()
                 else:
                     update = torch.empty(shape, dtype=self.dtype, device=matrix.device)
-                dist.broadcast(update, src=i % world)
+                if world > 1:  # a single rank may be on a device that no backend serves, such as mps
+                    dist.broadcast(update, src=i % world)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(piece(update, matrix), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
