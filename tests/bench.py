@@ -1,7 +1,7 @@
 """Speed on this machine, a row at a time; pytest does not collect this file. Machines are noisy: rows compare what ran
 side by side, or set a measurement beside the limit or the prediction of the same run.
 
-    python tests/bench.py                          our own rows, about half an hour on two cores
+    python tests/bench.py                          our own rows, about an hour on two cores
     python tests/bench.py --nanogpt DIR            beside a checkout of nanoGPT (its README's settings are for 3adf61e)
     python tests/bench.py --only quick plan        some of them
     python tests/bench.py --nanogpt DIR --plot tests/curve.png    a picture of held-out loss against seconds instead
