@@ -472,8 +472,8 @@ class Windows:
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices [N, R, C] with their singular vectors kept and their singular values drawn towards one, by five rounds of
-    Newton and Schulz's iteration with the coefficients of Jordan et al. (2024)."""
+    """Matrices [N, R, C] with their singular vectors kept and their singular values drawn towards one, by five rounds
+    of Newton and Schulz's iteration with the coefficients of Jordan et al. (2024)."""
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -876,7 +876,7 @@ def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int 
     seconds = compute + waited
     days = config.steps * seconds / 86400
     yield f"compute    {flops * tokens:.3g} FLOP, {compute:,.3g} s a step"
-    yield f"network    {traffic:,.3g} s a step on the narrowest link, of which {waited:,.3g} s do not hide behind compute"
+    yield f"network    {traffic:,.3g} s a step on the narrowest link, of which {waited:,.3g} s do not hide"
     speed = f"{seconds:,.3g} s a step, {config.batch_tokens / seconds:,.0f} tokens/s"
     yield f"time       {speed}: {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
     sequences, per_gpu = config.batch_tokens // config.model.seq_len, config.batch_tokens / gpus

@@ -248,7 +248,8 @@ def preparing(nano) -> tuple[str, str, str]:
         _, seconds, peak = watch(command, Path(folder))
     told = f"{size / seconds / 1e6:.1f} MB/s, {peak / 1e6:.0f} MB of memory"
     theirs = f"tiktoken alone: {alone[1] / 1e6:.1f} MB/s on one core, {alone[cores] / 1e6:.1f} on {cores}"
-    share = f"{size / seconds / alone[1] / cores:.2f} x cores x one core's, {size / seconds / alone[cores]:.2f} x all cores'"
+    reached = size / seconds
+    share = f"{reached / alone[1] / cores:.2f} x cores x one core's, {reached / alone[cores]:.2f} x all cores'"
     return theirs, told, share
 
 
