@@ -503,7 +503,9 @@ class Muon(torch.optim.Muon):
         for shape, matrices in same_shape.items():  # the i-th of them is the work of rank i % world
             mine = []
             for i, matrix in enumerate(matrices):
-                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                if not self.state[matrix]:
+                    self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                momentum = self.state[matrix]["momentum_buffer"]
                 momentum.lerp_(matrix.grad, 1 - group["momentum"])
                 update = whole(matrix.grad.lerp(momentum, group["momentum"]).to(self.dtype))
                 if i % world == rank:
@@ -526,8 +528,8 @@ def in_muon(model: GPT, config: TrainConfig) -> list[Tensor]:
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices in blocks, where a gradient's directions matter more than their sizes; AdamW for the rest.
-    Muon's updates are scaled to the size of AdamW's (Liu et al., 2025), so one learning rate serves both."""
+    """Muon for the matrices in blocks, where a gradient's directions matter more than their sizes; AdamW for the
+    rest."""
     matrices = in_muon(model, config)
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]

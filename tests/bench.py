@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -83,6 +83,12 @@ def watch(command: list[str], cwd: Path, threads: int | None = None) -> tuple[li
     return lines, seconds, max(peaks)
 
 
+def metrics(run: Path) -> list[dict]:
+    """The rows of a run's metrics; none of a plan's, which leaves no run."""
+    path = run / "metrics.jsonl"
+    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+
+
 def ours(
     *arguments, processes: int = 1, threads: int | None = None
 ) -> tuple[list[dict], list[tuple[float, str]], float, float]:
@@ -91,14 +97,18 @@ def ours(
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *launcher, ROOT / "train.py", "--out", f"{folder}/run", *arguments]
         lines, seconds, peak = watch(command, ROOT, threads)
-        path = Path(folder, "run/metrics.jsonl")
-        rows = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(row) for row in rows], lines, seconds, peak
+        return metrics(Path(folder, "run")), lines, seconds, peak
 
 
 def speed(rows: list[dict]) -> float:
     """Median tokens per second, without the first rows."""
     return statistics.median([row["tokens_per_second"] for row in rows if "loss" in row][2:])
+
+
+def beside(one: Callable[[], list[dict]], other: Callable[[], list[dict]]) -> tuple[str, str, str]:
+    """A row: the speed of one run as a share of the other's, which follow each other three times."""
+    ratios = [speed(one()) / speed(other()) for _ in range(3)]
+    return "", f"{statistics.median(ratios):.2f} of the tokens/s", f"3 pairs: {', '.join(f'{r:.2f}' for r in ratios)}"
 
 
 class NanoGPT:
@@ -307,11 +317,8 @@ def plan(nano) -> tuple[str, str, str]:
 
 def processes(nano) -> tuple[str, str, str]:
     """Two processes of one thread beside one of two, same global batch"""
-    flags, ratios = ["--steps", 60, *QUIET], []
-    for _ in range(3):
-        one, two = ours(*flags, threads=2)[0], ours(*flags, processes=2, threads=1)[0]
-        ratios.append(speed(two) / speed(one))
-    return "", f"{statistics.median(ratios):.2f} of the tokens/s", f"3 pairs: {', '.join(f'{r:.2f}' for r in ratios)}"
+    flags = ["--steps", 60, *QUIET]
+    return beside(lambda: ours(*flags, processes=2, threads=1)[0], lambda: ours(*flags, threads=2)[0])
 
 
 @contextlib.contextmanager
@@ -356,8 +363,7 @@ def network(nano) -> tuple[str, str, str]:
             head, other = ([*start, str(ROOT / "train.py"), "--out", f"{folder}/run", *flags] for start in starts)
             with subprocess.Popen(other, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **NO_OUTPUT):
                 watch(head, ROOT, threads=1)
-            rows = [json.loads(row) for row in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
-        measured = config.batch_tokens / speed(rows)
+            measured = config.batch_tokens / speed(metrics(Path(folder, "run")))
         told.append(f"{name}: planned {planned:.2f}, took {measured:.2f}")
         ratios.append(f"{planned / measured:.2f}")
     return "", "; ".join(told), f"{' and '.join(ratios)} of the time; {compute:.2f} without the link"
@@ -365,10 +371,8 @@ def network(nano) -> tuple[str, str, str]:
 
 def experts(nano) -> tuple[str, str, str]:
     """Eight experts, two active, beside a dense model of the same active size"""
-    flags, ratios = ["--preset", "grok-toy", "--steps", 60, *QUIET], []
-    for _ in range(3):
-        ratios.append(speed(ours(*flags)[0]) / speed(ours(*flags, *DENSE)[0]))
-    return "", f"{statistics.median(ratios):.2f} of the tokens/s", f"3 pairs: {', '.join(f'{r:.2f}' for r in ratios)}"
+    flags = ["--preset", "grok-toy", "--steps", 60, *QUIET]
+    return beside(lambda: ours(*flags)[0], lambda: ours(*flags, *DENSE)[0])
 
 
 def saves(nano) -> tuple[str, str, str]:
@@ -428,6 +432,8 @@ def main() -> None:
         "--plot", type=Path, metavar="FILE.png", help="draw curves instead (needs matplotlib, --nanogpt)"
     )
     args = parser.parse_args()
+    if args.plot and not args.nanogpt:
+        parser.error("--plot draws nanoGPT's curve too: give --nanogpt")
     os.chdir(ROOT)
     if not Path("data/stdlib/meta.json").exists():
         watch([sys.executable, "prepare.py"], ROOT)
