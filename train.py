@@ -40,7 +40,7 @@ import traceback
 import types
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -291,6 +291,24 @@ def roll_call(store: dist.Store, rank: int, world: int) -> list[int]:
         return [0]
 
 
+class StopRequest:
+    """Whether the run is to end early: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, or when torchrun is gone."""
+
+    def __init__(self):
+        self.signalled = False
+        self.parent = os.getppid()
+        for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows lacks the third
+            signal.signal(getattr(signal, name), self.note)
+
+    def note(self, *_) -> None:
+        self.signalled = True
+
+    def made(self) -> bool:
+        """The same answer on every rank. All ranks must come here."""
+        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
+        return any(summed(self.signalled or orphaned))
+
+
 def describe_processes(device: torch.device) -> str:
     """How many ranks on which hosts, and the speed of an all-reduce of 16 MiB, timed once."""
     hosts = [None] * dist.get_world_size()
@@ -363,17 +381,6 @@ ACCELERATORS = {
 }
 
 
-def measured_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two 1024 x 1024 matrices on this CPU: the best of a few."""
-    a, b = torch.randn(2, 1024, 1024).to(dtype)
-    best = math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
-
-
 def choose_device(name: str | None) -> tuple[torch.device, str]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator and name in (None, accelerator.type):  # ranks of a node take one each
@@ -389,25 +396,45 @@ def choose_device(name: str | None) -> tuple[torch.device, str]:
         fail(f"--device {name} can't be used here: {str(error).splitlines()[0]}")
 
 
-def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, float | None, str]:
-    """The dtype of matrix products, the FLOP/s they could reach (None where unknown), and the reason."""
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for products in bfloat16, or only imitates them, slowly."""
+    if device.type == "cpu":
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def peak_of(device: torch.device, dtype: str) -> float | None:
+    """FLOP/s that matrix products could reach: published for a GPU in bfloat16, None for other accelerators; on a CPU
+    the best that a product of two 1024 x 1024 matrices gets in a few."""
     if device.type != "cpu":
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        reason = "as set" if dtype else "it has bfloat16 units" if native else "it has no bfloat16 units"
-        dtype = dtype or (torch.bfloat16 if native else torch.float32)
-        known = [a.flops for name, a in ACCELERATORS.items() if name in gpu and dtype == torch.bfloat16]
-        return dtype, known[0] if known else None, reason
-    if dtype:
-        return dtype, measured_peak(dtype), "as set"
-    if not torch.cpu.get_capabilities().get("avx512_bf16", False):
-        return torch.float32, measured_peak(torch.float32), "this CPU has no bfloat16 instructions"
-    peak32, peak16 = measured_peak(torch.float32), measured_peak(torch.bfloat16)
-    # Half of a step is not products but casts, norms and the optimizer, so bfloat16 must be much faster to pay.
-    best = torch.bfloat16 if peak16 > 1.5 * peak32 else torch.float32
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == "bfloat16" else ""
+        return next((gpu.flops for kind, gpu in ACCELERATORS.items() if kind in name), None)
+    a, b = torch.randn(2, 1024, 1024).to(getattr(torch, dtype))
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
+    """The dtype of matrix products, and the reason."""
+    if name != "auto":
+        return name, "as set"
+    if not has_bfloat16(device):
+        return "float32", "no bfloat16 instructions here"
+    if device.type != "cpu":
+        return "bfloat16", "bfloat16 units found"
+    peak32, peak16 = peak_of(device, "float32"), peak_of(device, "bfloat16")
     reason = f"products measured at {peak32 / 1e9:.0f} GFLOP/s in float32, {peak16 / 1e9:.0f} in bfloat16"
-    return best, max(peak32, peak16) if best == torch.bfloat16 else peak32, reason
+    # Half of a step is not products but casts, norms and the optimizer, so bfloat16 must be much faster to pay.
+    return "bfloat16" if peak16 > 1.5 * peak32 else "float32", reason
+
+
+def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+    """In which matrix products are computed in the run's dtype, while weights and sums stay float32."""
+    return torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,11 +585,54 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A step
+
+
+class Trainer:
+    """A model that all ranks train together. `model` is the plain one, to save and to sample; `parallel` wraps it, and
+    averages gradients over ranks; `compiled` is what is called."""
+
+    def __init__(self, model: GPT, config: TrainConfig, device: torch.device, windows: Windows):
+        for parameter in model.parameters():  # rank 0's, for all
+            dist.broadcast(parameter.detach(), src=0)
+        self.model, self.config, self.device, self.windows = model, config, device, windows
+        self.parallel = spread(model, config, device)
+        self.compiling = device.type == "cuda" if config.compile is None else config.compile
+        self.compiled = torch.compile(self.parallel) if self.compiling else self.parallel
+        self.optimizers = make_optimizers(model, config)
+
+    def gradients(self, step: int) -> tuple[Tensor, Tensor]:
+        """Leave the clipped mean gradient of a step's batch. Returns this rank's mean loss, and the norm before."""
+        seed, size = self.config.seed, self.config.micro_batch
+        rank, world = dist.get_rank(), dist.get_world_size()
+        rows = self.config.batch_tokens // self.windows.seq_len // world  # of each rank
+        indices = self.windows.batch_indices(seed, step, rows * world)
+        loss = torch.zeros((), device=self.device)
+        for row in range(rank * rows, (rank + 1) * rows, size):
+            torch.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1)[0]))  # dropout
+            inputs, targets = self.windows.get(indices[row : row + size], self.device)
+            sync_gradients(self.parallel, row + size == (rank + 1) * rows)
+            with autocast(self.device, self.config):
+                micro_loss = self.compiled(inputs, targets) * (size / rows)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        return loss, whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+
+    def update(self, step: int) -> None:
+        """Apply the gradient, and clear it."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, self.config)
+            optimizer.step()
+        self.model.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
 @torch.no_grad()
-def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.device, autocast) -> tuple[float, float]:
+def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.device) -> tuple[float, float]:
     """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers."""
     n = min(windows.n_windows, max(1, config.eval_tokens // windows.seq_len))
     chosen = np.linspace(0, windows.n_windows, n, endpoint=False).astype(np.int64)
@@ -573,7 +643,7 @@ def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.de
     losses = []
     for i in range(0, share, config.micro_batch):
         inputs, targets = windows.get(indices[i : i + config.micro_batch], device)
-        with autocast:
+        with autocast(device, config):
             logits = model(inputs)
         each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         losses.append(each.view_as(targets).mean(1).cpu().double())
@@ -659,6 +729,28 @@ def prune(run: Path, keep: int) -> None:
         if (tensors := record.with_suffix(".pt")).name != best:
             record.unlink()
             tensors.unlink(missing_ok=True)
+
+
+class Saver:
+    """Writes checkpoints in order, in a thread beside training. Has work on rank 0 only."""
+
+    def __init__(self, run: Path, keep: int):
+        self.run, self.keep = run, keep
+        self.thread, self.writing = ThreadPoolExecutor(1), []
+
+    def save(self, state: dict) -> None:
+        self.writing.append(self.thread.submit(save_checkpoint, self.run, state["step"], state, self.keep))
+
+    def mark_best(self, step: int, val_loss: float) -> None:
+        self.writing.append(self.thread.submit(mark_best, self.run, step, val_loss))
+
+    def finish(self) -> None:
+        """Wait until all is on disk. Ends the program where that fails."""
+        try:
+            while self.writing:
+                self.writing.pop(0).result()
+        except (OSError, RuntimeError) as error:
+            fail(f"cannot save in {self.run} ({error}): the checkpoint before is whole; make room and --resume")
 
 
 class Damaged(Exception):
@@ -937,18 +1029,19 @@ def resident_bytes() -> float:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def plan_here(model: GPT, config: TrainConfig, train_step: Callable[[int], None], n_val: int) -> Iterator[str]:
+def plan_here(trainer: Trainer, n_val: int) -> Iterator[str]:
     """What a run will take on this machine, from a few measured steps; `n_val` is the number of held-out tokens."""
-    seconds = []
+    model, config, seconds = trainer.model, trainer.config, []
     for step in range(4):
         start = time.perf_counter()
-        train_step(step)
+        trainer.gradients(step)
+        trainer.update(step)
         seconds.append(time.perf_counter() - start)
     step_seconds = statistics.median(seconds[1:])  # the first one warms up
     evaluated = min(config.eval_tokens, n_val) * math.ceil(config.steps / config.eval_every)
     evaluation = evaluated * step_seconds / config.batch_tokens / 3  # forward is a third of a step
     parts = memory_parts(model, config, config.shard)
-    if next(model.parameters()).device.type == "cpu":  # the program, and the copy that a checkpoint is written from
+    if trainer.device.type == "cpu":  # the program, and the copy that a checkpoint is written from
         parts["program"] = max(0.0, resident_bytes() - sum(parts.values()))
         parts["checkpoint"] = parts["weights"] + parts["optimizer"]
     tokens = config.steps * config.batch_tokens
@@ -1054,8 +1147,40 @@ def take_over(model: GPT, state: dict, meta: dict, config: TrainConfig, resume: 
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())}")
 
 
+def open_folder(run: Path, config: TrainConfig, step: int, may_exist: bool) -> Metrics:
+    """Make the run's folder, or clear it of what stands in the way of going on from `step`. Returns its metrics."""
+    try:
+        run.mkdir(parents=True, exist_ok=may_exist)
+        for unfinished in run.glob("*.partial"):  # by a process that was killed
+            unfinished.unlink()
+        for record in run.glob("step-*.json"):  # damaged ones, which were passed over
+            if record.name > f"step-{step:08d}.json":
+                record.unlink()
+        prepare.write_json(run / "config.json", asdict(config))
+        return Metrics(run, step)
+    except OSError as error:
+        fail(f"cannot write to {run}: {error.strerror}")
+
+
+def what_is_wrong(loss: Tensor, grad_norm: Tensor) -> str:
+    """With a gradient that is not finite, and on which ranks. All ranks must come here."""
+    finite = [None] * dist.get_world_size()
+    dist.all_gather_object(finite, loss.isfinite().item())
+    ranks = ", ".join(str(rank) for rank, is_finite in enumerate(finite) if not is_finite) or "none"
+    return f"the gradient's norm is {grad_norm}, the loss not finite on rank {ranks}"
+
+
+def specimen(model: GPT, tokenizer: tiktoken.Encoding, device: torch.device, seed: int) -> str:
+    """200 tokens that the model writes into an empty document."""
+    torch.manual_seed(seed)
+    model.eval()
+    prompt = torch.tensor([[tokenizer.eot_token]], device=device)
+    written = islice(generate(model, prompt, n_vocab=tokenizer.n_vocab), 200)
+    return b"".join(prepare.token_bytes(tokenizer, ids.item()) for ids in written).decode(errors="replace")
+
+
 def train(given: dict, resume: bool, plan_only: bool = False) -> None:
-    """All of a run, on each rank: prepare, build, spread, resume; then step, log, save and evaluate to the end."""
+    """All of a run, on each rank: open it, build, resume; then step, log, save and evaluate to the end."""
     started = time.monotonic()
     rank, world = dist.get_rank(), dist.get_world_size()
     agree("version or setting", {"torch": torch.__version__, "resume": resume, **given})
@@ -1064,161 +1189,98 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     meta, train_windows, val_windows = load_data(config)
     agree("data set", {"its SHA-256s": fingerprint(meta)})
 
+    # build
     device, device_reason = choose_device(config.device)
-    dtype, peak_flops, dtype_reason = from_rank_0(choose_dtype(config.dtype, device))
-    config.dtype = str(dtype).removeprefix("torch.")
-    compiling = device.type == "cuda" if config.compile is None else config.compile
-    compile_reason = "as set" if config.compile is not None else "pays on CUDA, only in long runs elsewhere"
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    # Build the model, or take it from a checkpoint, on rank 0; give it to all ranks, and spread it over them. The plain
-    # one stays beside the wrapped and the compiled one, to save and to sample.
+    config.dtype, dtype_reason = from_rank_0(choose_dtype(config.dtype, device))
+    peak_flops = peak_of(device, config.dtype)
     torch.manual_seed(config.seed)
     model = GPT(config.model)
-    if state:
+    if state:  # on rank 0, which gives it to the others
         take_over(model, state, meta, config, resume)
-    for parameter in model.parameters():
-        dist.broadcast(parameter.detach(), src=0)
-    parallel = spread(model, config, device)
-    optimizers = make_optimizers(model, config)
+    trainer = Trainer(model, config, device, train_windows)
     step = 0
     if resume:
-        restore(model, optimizers, state)
+        restore(model, trainer.optimizers, state)
         step = from_rank_0(state and state["step"])
     del state
-    trained = torch.compile(parallel) if compiling else parallel
-
-    rows = config.batch_tokens // config.model.seq_len // world  # of each rank
-
-    def gradients(step: int) -> tuple[Tensor, Tensor]:
-        """Leave the clipped mean gradient of a step's batch. Returns this rank's mean loss, and the norm before."""
-        indices = train_windows.batch_indices(config.seed, step, rows * world)
-        loss = torch.zeros((), device=device)
-        for row in range(rank * rows, (rank + 1) * rows, config.micro_batch):
-            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, row)).generate_state(1)[0]))  # dropout
-            inputs, targets = train_windows.get(indices[row : row + config.micro_batch], device)
-            sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
-            with autocast:
-                micro_loss = trained(inputs, targets) * (config.micro_batch / rows)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        return loss, whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
-
-    def update(step: int) -> None:
-        """Apply the gradient, and clear it."""
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, config)
-            optimizer.step()
-        model.zero_grad()
-
-    model.train()
+    ranks = describe_processes(device)
     if plan_only:
-        print(f"plan for {config.preset} on this machine: {describe_processes(device)}, {device}, {config.dtype}")
-        for line in plan_here(model, config, lambda step: (gradients(step), update(step)), val_windows.n_tokens):
-            print(line)
+        print(f"plan for {config.preset} on this machine: {ranks}, {device}, {config.dtype}")
+        print("\n".join(plan_here(trainer, val_windows.n_tokens)))
         return
+
+    # open
     stop_at = config.stop_at or config.steps
     if step >= stop_at:
         stop_all_ranks(f"{run} is at step {step} already: give more --steps, or a later --stop_at, to go on")
-    metrics = None
-    if rank == 0:
-        try:
-            run.mkdir(parents=True, exist_ok=resume or given.get("out") is not None)
-            for unfinished in run.glob("*.partial"):  # by a process that was killed
-                unfinished.unlink()
-            for record in run.glob("step-*.json"):  # damaged ones, which were passed over
-                if record.name > f"step-{step:08d}.json":
-                    record.unlink()
-            prepare.write_json(run / "config.json", asdict(config))
-            metrics = Metrics(run, step)
-        except OSError as error:
-            fail(f"cannot write to {run}: {error.strerror}")
-
-    tokens = config.steps * config.batch_tokens
-    needed = sum(memory_parts(model, config, config.shard).values())
+    may_exist = resume or given.get("out") is not None
+    metrics = open_folder(run, config, step, may_exist) if rank == 0 else None
+    tokens, n_bytes = config.steps * config.batch_tokens, sum(memory_parts(model, config, config.shard).values())
     print(
         f"run      {run}\n"
         f"data     {config.data}: {train_windows.n_tokens:,} tokens to train on, {val_windows.n_tokens:,} held out\n"
         f"model    {model.n_params():,} parameters, {model.flops_per_token() / 1e6:,.1f} MFLOP per token\n"
         f"steps    {config.steps:,} of {config.batch_tokens:,} tokens: {tokens / train_windows.n_tokens:.2f} epochs\n"
-        f"plan     {tokens * model.flops_per_token():.3g} FLOP, {needed / 1e9:.2f} GB beside the program\n"
-        f"ranks    {describe_processes(device)}\n"
+        f"plan     {tokens * model.flops_per_token():.3g} FLOP, {n_bytes / 1e9:.2f} GB beside the program\n"
+        f"ranks    {ranks}\n"
         f"device   {device} ({device_reason})\n"
         f"dtype    {config.dtype} ({dtype_reason})\n"
-        f"compile  {'on' if compiling else 'off'} ({compile_reason})",
+        f"compile  {'on' if trainer.compiling else 'off'} (it pays on CUDA, only in long runs elsewhere)",
         flush=True,
     )
-
-    console = Console()
-    writer, writing = ThreadPoolExecutor(1), []
+    saver, stop_request, console = Saver(run, config.keep), StopRequest(), Console()
     best_loss = from_rank_0(read_best(run).get("val_loss", math.inf))
-    signalled = []
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGINT)}:  # Windows has no third
-        signal.signal(number, lambda number, frame: signalled.append(number))
-    parent = os.getppid()
-
-    def finish_writing() -> None:
-        try:
-            while writing:
-                writing.pop(0).result()
-        except (OSError, RuntimeError) as error:
-            fail(f"cannot save in {run} ({error}): the checkpoint before is whole; make room and --resume")
 
     def save() -> None:
-        """Copy the state off the device, and leave it to another thread to write."""
+        """Copy the state off the device, for the saver to write while training goes on."""
         start = time.monotonic()
-        finish_writing()
-        state = snapshot(model, optimizers)
+        saver.finish()
+        state = snapshot(model, trainer.optimizers)
         state |= {"step": step, "config": asdict(config), "tokenizer": meta["tokenizer"], "data": fingerprint(meta)}
         if rank == 0:
-            writing.append(writer.submit(save_checkpoint, run, step, state, config.keep))
+            saver.save(state)
             metrics.write(step=step, save_stall=time.monotonic() - start)
 
     first_step, loop_started = step, time.monotonic()
-    last_log, last_step = loop_started, step
+    last_step, last_log = step, loop_started
     skipped, leaving = 0, False
     while not leaving:
         # step
-        loss, grad_norm = gradients(step)
-        if torch.isfinite(grad_norm):
-            update(step)
+        loss, grad_norm = trainer.gradients(step)
+        if grad_norm.isfinite():
+            trainer.update(step)
         else:
             skipped += 1
-            finite = [None] * world
-            dist.all_gather_object(finite, loss.isfinite().item())
-            ranks = ", ".join(str(r) for r in range(world) if not finite[r]) or "none"
-            bad = f"step {step + 1}: the gradient's norm is {grad_norm}, the loss not finite on rank {ranks}"
+            wrong = f"step {step + 1}: {what_is_wrong(loss, grad_norm)}"
             if skipped > config.skip_bad_steps:
-                finish_writing()
-                stop_all_ranks(f"{bad}; the step was not made: --resume with a lower --lr, or with --skip_bad_steps")
-            console.line(f"{bad}; skipped")
+                saver.finish()
+                stop_all_ranks(f"{wrong}; the step was not made: --resume with a lower --lr, or with --skip_bad_steps")
+            console.line(f"{wrong}; skipped")
             model.zero_grad()
         step += 1
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent  # torchrun itself was killed
-        asked_to_leave = any(summed(len(signalled) + orphaned))
+        asked_to_leave = stop_request.made()
         leaving = step == stop_at or asked_to_leave
 
         # log
         now = time.monotonic()
-        left = (now - loop_started) / (step - first_step) * (stop_at - step)
-        console.glimpse(f"step {step:,}/{config.steps:,}  {clock(left)} left")
+        left = clock((now - loop_started) / (step - first_step) * (stop_at - step))
+        console.glimpse(f"step {step:,}/{config.steps:,}  {left} left")
         if step % config.log_every == 0 or step == 1 or leaving:
             (mean_loss,) = summed(loss.item() / world)
             speed = (step - last_step) * config.batch_tokens / (now - last_log)
             row = {"step": step, "loss": mean_loss, "lr": lr_at(step - 1, config), "grad_norm": grad_norm.item()}
             row |= {"seconds": now - started, "tokens_per_second": speed, "skipped": skipped}
-            line = f"step {step:5,}/{config.steps:,}  loss {row['loss']:.4f}  {speed:9,.0f} tokens/s"
+            line = f"step {step:5,}/{config.steps:,}  loss {mean_loss:.4f}  {speed:9,.0f} tokens/s"
             if experts := model.experts():
                 loads = torch.stack([expert.load for expert in experts])
                 row["expert_load"] = (torch.tensor(summed(*loads.flatten())).view_as(loads) / world).tolist()
             if peak_flops:
                 row["mfu"] = speed * model.flops_per_token() / (peak_flops * world)
                 line += f"  {row['mfu']:4.0%} of peak"
-            console.line(f"{line}  {clock(left)} left")
+            console.line(f"{line}  {left} left")
             if metrics:
                 metrics.write(**row)
-            last_log, last_step = time.monotonic(), step
+            last_step, last_log = step, time.monotonic()
 
         # save
         saving = step % config.save_every == 0 or leaving
@@ -1227,11 +1289,10 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
 
         # evaluate
         if step == stop_at or (step % config.eval_every == 0 and not leaving):
-            val_loss, val_error = evaluate(model, val_windows, config, device, autocast)
+            val_loss, val_error = evaluate(model, val_windows, config, device)
             bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
-            console.line(
-                f"step {step:5,}/{config.steps:,}  val_loss {val_loss:.4f} +- {val_error:.4f}  {bits:.4f} bits per byte"
-            )
+            line = f"val_loss {val_loss:.4f} +- {val_error:.4f}  {bits:.4f} bits per byte"
+            console.line(f"step {step:5,}/{config.steps:,}  {line}")
             if metrics:
                 metrics.write(step=step, val_loss=val_loss, val_loss_error=val_error, val_bits_per_byte=bits)
             if val_loss < best_loss:
@@ -1239,27 +1300,23 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
                 if not saving:
                     save()
                 if rank == 0:
-                    writing.append(writer.submit(mark_best, run, step, val_loss))
-            last_log, last_step = time.monotonic(), step
+                    saver.mark_best(step, val_loss)
+            last_step, last_log = step, time.monotonic()
 
-    finish_writing()
-    go_on = f"{'torchrun ... ' if world > 1 else 'python '}train.py --out {run} --resume"
+    saver.finish()
+    go_on = f"to go on: {'torchrun ... ' if world > 1 else 'python '}train.py --out {run} --resume"
     if asked_to_leave:
-        print(f"stopped at step {step} and saved; to go on: {go_on}")
+        print(f"stopped at step {step} and saved; {go_on}")
         return
-    tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
-    prompt = torch.tensor([[tokenizer.eot_token]], device=device)
-    torch.manual_seed(config.seed)
-    model.eval()
-    written = islice(generate(model, prompt, n_vocab=tokenizer.n_vocab), 200)
-    text = b"".join(prepare.token_bytes(tokenizer, ids.item()) for ids in written).decode(errors="replace")
-    print(f"\nwhat it writes:\n{text}\n")
+    text = specimen(model, prepare.tokenizer_from_dict(meta["tokenizer"]), device, config.seed)
+    seconds = clock(time.monotonic() - started)
     print(
-        f"val_loss {val_loss:.4f} nats per token, {bits:.4f} bits per byte, after {clock(time.monotonic() - started)}"
+        f"\nwhat it writes:\n{text}\n\n"
+        f"val_loss {val_loss:.4f} nats per token, {bits:.4f} bits per byte, after {seconds}\n"
+        f"the run lies in {run}"
     )
-    print(f"the run lies in {run}")
-    if stop_at < config.steps:
-        print(f"to go on: {go_on}")
+    if step < config.steps:
+        print(go_on)
     print(f"next: python sample.py {run} --interactive")
 
 
