@@ -1,6 +1,6 @@
 """A GPT, from the one of 2019 to the ones of today: one model, with a switch for each thing that changed.
 
-                   GPT-2 (2019)                  today (Qwen3, 2025; the default)                       bought
+                   GPT-2 (2019)                  today (Qwen3, 2025)                                   bought
     norm           LayerNorm                     RMSNorm: no mean, no bias                               -0.07
     positions      learned, added once           rotary: queries and keys turn as position grows          0.51
     attention      every head has its own k, v   queries and keys are normalised                          0.05
@@ -12,11 +12,13 @@
     biases         everywhere                    nowhere
     dropout        0.1                           none
 
-What each bought is in nats per token of held-out text after 1.1 million tokens (tests/ablation.py): little that early,
-and within the spread between seeds but for the positions, the head of its own, and Muon.
+What a change bought is by how much it lowered the loss on held-out text, in nats per token, of a model that had read
+1.1 million tokens (tests/ablation.py). So early, norm, gate and normalised queries are within the spread between seeds.
+Today's column is what GPTConfig gives, except that there each head has its own k, v.
 
 Shapes are written in one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels of a head,
-S longest sequence, E experts, V vocabulary. A reader who wants only today's model can skip each line with a switch.
+S longest sequence, E experts, V vocabulary. A switch is resolved when the model is built, so that each forward reads
+like its equation; what a switch that is off leaves in its place is called `unchanged`.
 
     python model.py                             what each preset costs
     python model.py --export DIR runs/toy-1     a run's model for transformers, and for all that reads its format
@@ -40,7 +42,8 @@ from torch import Tensor, nn
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. What is left None is derived from the rest. Raises ValueError where sizes do not fit."""
+    """The shape of a model. What is left None is derived from the rest. Raises ValueError where sizes do not fit. Each
+    field is a flag of train.py, and the comment behind it the flag's help."""
 
     vocab_size: int | None = None  # number of token ids (default: the data set's)
     seq_len: int = 128  # longest sequence, in tokens
@@ -93,84 +96,6 @@ class GPTConfig:
             raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
         if self.n_expert is not None and not 1 <= self.n_expert_active <= self.n_expert:
             raise ValueError(f"n_expert_active {self.n_expert_active} is not between 1 and n_expert {self.n_expert}")
-
-
-GPT2 = {
-    "vocab_size": 50257,
-    "seq_len": 1024,
-    "norm": "layer",
-    "norm_eps": 1e-5,
-    "position": "learned",
-    "qk_norm": False,
-    "activation": "gelu_tanh",
-    "gated": False,
-    "bias": True,
-    "tied": True,
-}
-LLAMA3 = {
-    "vocab_size": 128256,
-    "seq_len": 8192,
-    "n_kv_head": 8,
-    "norm_eps": 1e-5,
-    "rope_base": 500_000.0,
-    "qk_norm": False,
-}
-QWEN3 = {"vocab_size": 151936, "seq_len": 40960, "n_kv_head": 8, "head_dim": 128, "rope_base": 1_000_000.0}
-GROK = {
-    "norm_eps": 1e-5,
-    "qk_norm": False,
-    "activation": "gelu_tanh",
-    "n_expert": 8,
-    "renormalise": False,
-    "post_norm": True,
-    "attention_cap": 30.0,
-    "tied": True,
-}
-
-PRESETS: dict[str, dict] = {
-    "toy": {"n_kv_head": 2},
-    "shakespeare-quick": {"seq_len": 64, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "n_inner": 128},
-    "shakespeare": {"seq_len": 256, "n_layer": 4, "n_head": 3, "n_embd": 192},
-    "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
-    "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(GPT2, n_layer=48, n_head=25, n_embd=1600),
-    "llama3-8b": dict(LLAMA3, n_layer=32, n_head=32, n_embd=4096, n_inner=14336),
-    "llama3-70b": dict(LLAMA3, n_layer=80, n_head=64, n_embd=8192, n_inner=28672),
-    "llama3-405b": dict(LLAMA3, n_layer=126, n_head=128, n_embd=16384, n_inner=53248),
-    "qwen3-0.6b": dict(QWEN3, n_layer=28, n_head=16, n_embd=1024, n_inner=3072, tied=True),
-    "qwen3-1.7b": dict(QWEN3, n_layer=28, n_head=16, n_embd=2048, n_inner=6144, tied=True),
-    "qwen3-4b": dict(QWEN3, n_layer=36, n_head=32, n_embd=2560, n_inner=9728, tied=True),
-    "qwen3-8b": dict(QWEN3, n_layer=36, n_head=32, n_embd=4096, n_inner=12288),
-    "qwen3-14b": dict(QWEN3, n_layer=40, n_head=40, n_embd=5120, n_inner=17408),
-    "qwen3-32b": dict(QWEN3, n_layer=64, n_head=64, n_embd=5120, n_inner=25600),
-    "mixtral-8x7b": {
-        "vocab_size": 32000,
-        "seq_len": 32768,
-        "n_layer": 32,
-        "n_head": 32,
-        "n_kv_head": 8,
-        "n_embd": 4096,
-        "n_inner": 14336,
-        "norm_eps": 1e-5,
-        "rope_base": 1_000_000.0,
-        "qk_norm": False,
-        "n_expert": 8,
-    },
-    "grok-1": dict(
-        GROK,
-        vocab_size=131072,
-        seq_len=8192,
-        n_layer=64,
-        n_head=48,
-        n_kv_head=8,
-        n_embd=6144,
-        n_inner=32768,
-        embedding_scale=78.38367176906169,
-        logit_scale=0.5773502691896257,
-    ),
-}
 
 
 def unchanged(x, *_):
@@ -228,20 +153,24 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def capped_attention(q, k, v, mask, dropout, is_causal, enable_gqa, cap: float) -> Tensor:
-    """scaled_dot_product_attention with scores squashed into (-cap, cap) before the mask (Gemma 2 and Grok-1)."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: float) -> Tensor:
+    """scaled_dot_product_attention, arguments and all, with scores squashed into (-cap, cap) before the mask (Gemma 2
+    and Grok-1)."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # whether enable_gqa says so or not
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) / cap)
     if is_causal:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return F.dropout(weights, dropout) @ v
+    return F.dropout(weights, dropout_p) @ v
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Query head h uses key/value head h // (H / K) (GQA, Ainslie et al., 2023)."""
+    """Causal self-attention: in each head every token looks for something (its query), says what it is (its key) and
+    what it can tell (its value). It gets the mean of the values of all tokens up to itself, weighted by how well their
+    keys k answer its query q: softmax(q k^T / sqrt(D)) v. Query head h uses key/value head h // (H / K) (GQA, Ainslie
+    et al., 2023)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -268,10 +197,11 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            if T > 1:  # a single token sees all that came before it
+            if T > 1:  # token i of these T sees what was cached before them, and up to itself; a single one sees all
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         dropout = self.dropout if self.training else 0.0
-        y = self.attend(q, k, v, mask, dropout, is_causal=cache is None, enable_gqa=self.grouped)  # [B, H, T, D]
+        how = {"attn_mask": mask, "dropout_p": dropout, "is_causal": cache is None, "enable_gqa": self.grouped}
+        y = self.attend(q, k, v, **how)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -279,6 +209,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 
 
 class MLP(nn.Module):
+    """Works on each token alone."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
@@ -325,20 +257,23 @@ class Experts(nn.Module):
         if self.renormalise:
             gates = gates / gates.sum(-1, keepdim=True)
 
-        by_expert = chosen.flatten().argsort(stable=True)  # the N * active visits, those of one expert together
+        visits = chosen.flatten()  # [N * active]: the expert of each visit; visit i is one of token i // active
+        by_expert = visits.argsort(stable=True)  # those to the same expert together
         visitors = by_expert // self.n_active
-        visits = chosen.flatten().bincount(minlength=len(self.experts))
-        parts = tokens[visitors].split(visits.tolist())
+        counts = visits.bincount(minlength=len(self.experts))  # [E]
+        parts = tokens[visitors].split(counts.tolist())
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
         outputs = outputs * gates.flatten()[by_expert, None]
 
-        self.load = visits / visits.sum()  # [E]: each expert's share of the visits
+        self.load = counts / counts.sum()  # each expert's share of the visits, for the log
         balance = len(self.experts) * (self.load * probabilities.mean(0)).sum()
         self.router_loss = self.balance_weight * balance + self.z_weight * logits.logsumexp(-1).square().mean()
         return torch.zeros_like(tokens).index_add(0, visitors, outputs.to(tokens.dtype)).view_as(x)
 
 
 class Block(nn.Module):
+    """Attention, in which tokens learn of each other, then an MLP. Both read x through a norm, and add to it."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attention_norm = make_norm(config, config.n_embd)
@@ -362,7 +297,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.positions = LearnedPositions(config.seq_len, config.n_embd) if config.position == "learned" else unchanged
+        learned = config.position == "learned"
+        self.positions = LearnedPositions(config.seq_len, config.n_embd) if learned else unchanged
+        self.angles = unchanged if learned else partial(rotary_angles, config=config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
@@ -374,36 +311,49 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Each block begins as the identity, and no token is preferred: the first loss is ln V (tied, about ln V)."""
+        # The last weights on the way to what a block adds to its input: while they are zero it adds nothing.
         last = ("post_norm.weight",) if self.config.post_norm else (".out.weight", ".down.weight")
-        for name, weight in self.named_parameters():
-            if name.endswith(("bias", "head.weight", *last)):  # `last` ends what a block adds to its input
+        for name, weight in self.named_parameters():  # in which a tied head is the embedding
+            if name.endswith(("bias", "head.weight", *last)):
                 weight.zero_()
             elif weight.ndim == 1:  # the other norms only normalise
                 weight.fill_(1.0)
             else:
                 weight.normal_(std=0.02)  # as in GPT-2; the norms make up for the scale
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, T, V] of the token after each of `tokens` [B, T], or with `targets` [B, T] their mean
-        cross-entropy in nats, in training with the routers' losses. With a cache, `tokens` continue the sequence that
-        it holds, and are added to it."""
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        only_last: bool = False,
+    ) -> Tensor:
+        """Logits [B, T, V] of the token after each of `tokens` [B, T], or with `only_last` [B, 1, V] after the last;
+        with `targets` [B, T] their mean cross-entropy in nats, in training plus the routers' losses. With a cache,
+        `tokens` continue the sequence that it holds, and are added to it. Raises ValueError beyond S positions."""
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
-        angles = rotary_angles(positions, self.config)
-        x = self.dropout(self.positions(self.embedding(tokens) * self.config.embedding_scale, positions))
+        if (end := start + tokens.size(1)) > self.config.seq_len:
+            raise ValueError(f"a sequence of {end} tokens is longer than seq_len {self.config.seq_len}")
+        t = torch.arange(start, end, device=tokens.device)
+        x = self.dropout(self.positions(self.embedding(tokens) * self.config.embedding_scale, t))
+        angles = self.angles(t)
         for block in self.blocks:
             x = block(x, angles, cache)
-        logits = self.head(self.norm(x)) * self.config.logit_scale
         if cache is not None:
-            cache.length += tokens.size(1)
+            cache.length = end
+        if only_last:
+            x = x[:, -1:]
+        logits = self.head(self.norm(x)) * self.config.logit_scale
         if targets is None:
             return logits
-        router_losses = [module.router_loss for module in self.experts() if self.training]
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()) + sum(router_losses)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        if self.training:
+            loss = loss + sum(layer.router_loss for layer in self.expert_layers())
+        return loss
 
-    def experts(self) -> list[Experts]:
-        """The blocks' experts, for what they tell of the last forward pass; none in a dense model."""
-        return [module for module in self.modules() if isinstance(module, Experts)]
+    def expert_layers(self) -> list[Experts]:
+        """One of each block, for what it tells of the last forward pass; none in a dense model."""
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, Experts)]
 
     def n_params(self) -> int:
         """Number of parameters; a tied head counts once."""
@@ -412,9 +362,9 @@ class GPT(nn.Module):
     def n_active_params(self) -> int:
         """Number of parameters that one token meets: all but those of the experts it does not visit."""
         idle = 0
-        for module in self.experts():
-            expert = sum(p.numel() for p in module.experts[0].parameters())
-            idle += (len(module.experts) - module.n_active) * expert
+        for layer in self.expert_layers():
+            size = sum(p.numel() for p in layer.experts[0].parameters())
+            idle += (len(layer.experts) - layer.n_active) * size
         return self.n_params() - idle
 
     def activations_per_token(self) -> int:
@@ -425,7 +375,7 @@ class GPT(nn.Module):
         attention += (c.qk_norm + (c.position == "rope")) * (heads + kv_heads // 2)  # queries and keys at each stage
         if c.attention_cap:
             attention += 5 * c.n_head * c.seq_len  # scores, which the capped attention holds at each stage
-        mlp = c.n_embd + (4 if c.gated else 2) * c.n_inner  # the input; gate, up, activation and product, or up and it
+        mlp = c.n_embd + (4 if c.gated else 2) * c.n_inner  # input; gate, up, activation, product, or up, activation
         visits = c.n_expert_active if c.n_expert else 1
         experts = 2 * c.n_embd * visits if c.n_expert else 0  # tokens gathered, and their outputs before the gates
         return c.n_layer * (attention + c.n_embd + visits * mlp + experts + 2 * c.n_embd * c.post_norm)
@@ -448,8 +398,9 @@ def sample_next(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A token id [B] for each row of logits [B, V]: the likeliest at temperature 0, else drawn from the `top_k`
-    likeliest, or from the fewest whose probabilities reach `top_p` (nucleus sampling, Holtzman et al., 2019)."""
+    """A token id [B] for each row of logits [B, V]: the likeliest at temperature 0, else drawn, from the `top_k`
+    likeliest, and of these from the fewest that together have probability `top_p` (nucleus sampling, Holtzman et al.,
+    2019)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -459,14 +410,15 @@ def sample_next(
     if top_p is not None:
         probabilities, ids = logits.softmax(-1).sort(descending=True)
         likelier = probabilities.cumsum(-1) - probabilities  # what the tokens before each one sum to
-        logits = logits.masked_fill((likelier >= top_p).gather(-1, ids.argsort(-1)), -math.inf)
+        left_out = (likelier >= top_p).gather(-1, ids.argsort(-1))  # in the order of ids again
+        logits = logits.masked_fill(left_out, -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
 def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **how) -> Iterator[Tensor]:
     """The ids [B] that follow tokens [B, T], one step after the other without end; `how` goes to sample_next. Where the
-    model's vocabulary was padded, `n_vocab` is the number of ids that mean something.
+    model has more ids than the tokenizer, as published ones do, `n_vocab` is the number of those that mean something.
 
     When the sequence outgrows the model's S positions, the window slides: the newest S / 2 tokens are kept.
     """
@@ -474,13 +426,55 @@ def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **how) -> I
     while True:
         window = tokens[:, -max(1, S // 2) :] if tokens.size(1) > S else tokens
         cache = KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
-        unseen = window
+        unseen = window  # all of it first, then each time the newest token
         while cache.length + unseen.size(1) <= S:
-            logits = model(unseen, cache=cache)[:, -1, :n_vocab]
+            logits = model(unseen, cache=cache, only_last=True)[:, -1, :n_vocab]
             unseen = sample_next(logits, **how)[:, None]
             window = torch.cat((window, unseen), dim=1)
             yield unseen[:, 0]
-        tokens = window
+        tokens = window  # S + 1 of them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets: a row holds what differs from GPTConfig's defaults. How each is trained stands in train.py's RECIPES
+
+# fmt: off
+GPT2 = {
+    "vocab_size": 50257, "seq_len": 1024, "norm": "layer", "norm_eps": 1e-5, "position": "learned", "qk_norm": False,
+    "activation": "gelu_tanh", "gated": False, "bias": True, "tied": True,
+}
+LLAMA = {"n_kv_head": 8, "norm_eps": 1e-5, "qk_norm": False}
+LLAMA3 = dict(LLAMA, vocab_size=128256, seq_len=8192, rope_base=500_000.0)
+MIXTRAL = dict(LLAMA, vocab_size=32000, seq_len=32768, rope_base=1_000_000.0, n_expert=8)
+QWEN3 = {"vocab_size": 151936, "seq_len": 40960, "n_kv_head": 8, "head_dim": 128, "rope_base": 1_000_000.0}
+GROK = {
+    "norm_eps": 1e-5, "qk_norm": False, "activation": "gelu_tanh", "n_expert": 8, "renormalise": False,
+    "post_norm": True, "attention_cap": 30.0, "tied": True,
+}
+
+PRESETS: dict[str, dict] = {
+    "toy": {"n_kv_head": 2},
+    "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
+    "shakespeare-quick": {"seq_len": 64, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "n_inner": 128},
+    "shakespeare": {"seq_len": 256, "n_layer": 4, "n_head": 3, "n_embd": 192},
+    "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(GPT2, n_layer=48, n_head=25, n_embd=1600),
+    "llama3-8b": dict(LLAMA3, n_layer=32, n_head=32, n_embd=4096, n_inner=14336),
+    "llama3-70b": dict(LLAMA3, n_layer=80, n_head=64, n_embd=8192, n_inner=28672),
+    "llama3-405b": dict(LLAMA3, n_layer=126, n_head=128, n_embd=16384, n_inner=53248),
+    "qwen3-0.6b": dict(QWEN3, n_layer=28, n_head=16, n_embd=1024, n_inner=3072, tied=True),
+    "qwen3-1.7b": dict(QWEN3, n_layer=28, n_head=16, n_embd=2048, n_inner=6144, tied=True),
+    "qwen3-4b": dict(QWEN3, n_layer=36, n_head=32, n_embd=2560, n_inner=9728, tied=True),
+    "qwen3-8b": dict(QWEN3, n_layer=36, n_head=32, n_embd=4096, n_inner=12288),
+    "qwen3-14b": dict(QWEN3, n_layer=40, n_head=40, n_embd=5120, n_inner=17408),
+    "qwen3-32b": dict(QWEN3, n_layer=64, n_head=64, n_embd=5120, n_inner=25600),
+    "mixtral-8x7b": dict(MIXTRAL, n_layer=32, n_head=32, n_embd=4096, n_inner=14336),
+    "grok-1": dict(GROK, vocab_size=131072, seq_len=8192, n_layer=64, n_head=48, n_kv_head=8, n_embd=6144,
+                   n_inner=32768, embedding_scale=78.38367176906169, logit_scale=0.5773502691896257),
+}
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,29 +483,25 @@ def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **how) -> I
 
 @dataclass
 class Family:
-    """How an architecture in transformers says what we say."""
+    """What transformers calls an architecture, its settings and its weights."""
 
-    architecture: str  # its class
+    architecture: str  # the class there
     base: dict  # our settings where its config.json is silent
     settings: dict[str, str]  # our setting: its name in config.json, or several
     modules: dict[str, str]  # our module: theirs, with * for the number of a layer or an expert
     required: dict  # what its config.json must say where it says it, since there is no switch for it here
     transposed: bool = False  # matrices in blocks are stored [in, out]
 
+    def is_transposed(self, tensor: Tensor, ours: str) -> bool:
+        return self.transposed and tensor.ndim == 2 and ours.startswith("blocks")
 
+
+# fmt: off
 LLAMA_SETTINGS = {
-    "vocab_size": "vocab_size",
-    "seq_len": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "head_dim": "head_dim",
-    "n_inner": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_base": "rope_theta",
-    "activation": "hidden_act",
-    "tied": "tie_word_embeddings",
+    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "head_dim": "head_dim", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
+    "activation": "hidden_act", "tied": "tie_word_embeddings",
 }
 LLAMA_MODULES = {
     "embedding": "model.embed_tokens",
@@ -540,15 +530,9 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense o
         "GPT2LMHeadModel",
         base=GPT2,
         settings={
-            "vocab_size": "vocab_size",
-            "seq_len": "n_positions",
-            "n_layer": "n_layer",
-            "n_head": "n_head",
-            "n_embd": "n_embd",
-            "n_inner": "n_inner",
-            "norm_eps": "layer_norm_epsilon",
-            "activation": "activation_function",
-            "tied": "tie_word_embeddings",
+            "vocab_size": "vocab_size", "seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
+            "n_embd": "n_embd", "n_inner": "n_inner", "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function", "tied": "tie_word_embeddings",
         },
         modules={
             "embedding": "transformer.wte",
@@ -570,7 +554,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense o
     "llama": Family(
         "LlamaForCausalLM",
         base={"qk_norm": False},
-        settings=dict(LLAMA_SETTINGS, bias="attention_bias mlp_bias"),
+        settings=LLAMA_SETTINGS | {"bias": "attention_bias mlp_bias"},
         modules=LLAMA_MODULES,
         required=LLAMA_REQUIRED,
     ),
@@ -578,22 +562,18 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense o
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         base={"renormalise": False},
-        settings=dict(
-            LLAMA_SETTINGS,
-            n_inner="moe_intermediate_size",
-            n_expert="num_experts num_local_experts",
-            n_expert_active="num_experts_per_tok",
-            renormalise="norm_topk_prob",
-        ),
+        settings=LLAMA_SETTINGS | {
+            "n_inner": "moe_intermediate_size", "n_expert": "num_experts num_local_experts",
+            "n_expert_active": "num_experts_per_tok", "renormalise": "norm_topk_prob",
+        },
         modules=LLAMA_MODULES,
         required=LLAMA_REQUIRED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
         base={"qk_norm": False, "n_expert": 8},
-        settings=dict(LLAMA_SETTINGS, n_expert="num_local_experts", n_expert_active="num_experts_per_tok"),
-        modules=LLAMA_MODULES
-        | {
+        settings=LLAMA_SETTINGS | {"n_expert": "num_local_experts", "n_expert_active": "num_experts_per_tok"},
+        modules=LLAMA_MODULES | {
             "blocks.*.mlp.router": "model.layers.*.block_sparse_moe.gate",
             "blocks.*.mlp.experts.*.gate": "model.layers.*.block_sparse_moe.experts.*.w1",
             "blocks.*.mlp.experts.*.up": "model.layers.*.block_sparse_moe.experts.*.w3",
@@ -602,13 +582,15 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense o
         required=LLAMA_REQUIRED,
     ),
 }
+# fmt: on
 THEIR_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 NOT_WEIGHTS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # masks and angles, in older files
 ONLY_IN_TRAINING = ("dropout", "balance_loss", "router_z_loss")  # settings that change nothing of what a model computes
 
 
 def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
-    """The model without memory for its weights. Raises ValueError for more layers than a file of `n_tensors` backs."""
+    """The model without memory for its weights. Raises ValueError where `n_tensors` are too few for its layers: a
+    damaged config could ask for millions."""
     if config.n_layer * (config.n_expert or 1) > n_tensors:
         raise ValueError(f"{config.n_layer} layers can't be filled from {n_tensors} tensors")
     with torch.device("meta"):
@@ -698,7 +680,7 @@ def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         tensor = tensors.pop(theirs_name)
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{theirs_name} in {folder} is of {tensor.dtype}, not of plain floating-point numbers")
-        if family.transposed and tensor.ndim == 2 and ours_names[0].startswith("blocks"):
+        if family.is_transposed(tensor, ours_names[0]):
             tensor = tensor.T.contiguous()
         for ours, part in zip(ours_names, tensor.chunk(len(ours_names))):
             shape = model.get_parameter(ours).shape
@@ -734,7 +716,7 @@ def save_published(folder: Path, config: GPTConfig, state: dict[str, Tensor]) ->
     tensors = {}
     for theirs_name, ours_names in layout(family, model_with(config, state)).items():
         tensor = torch.cat([state[name] for name in ours_names])
-        if family.transposed and tensor.ndim == 2 and ours_names[0].startswith("blocks"):
+        if family.is_transposed(tensor, ours_names[0]):
             tensor = tensor.T
         tensors[theirs_name] = tensor.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
@@ -744,8 +726,8 @@ def save_published(folder: Path, config: GPTConfig, state: dict[str, Tensor]) ->
 
 def export(folder: Path, run: Path) -> None:
     """Write the newest checkpoint of a run as a published model with its tokenizer."""
-    from prepare import fail, save_published_tokenizer, tokenizer_from_dict  # they build on this file, so not above
-    from train import load_checkpoint
+    from prepare import fail, save_published_tokenizer, tokenizer_from_dict
+    from train import load_checkpoint  # it imports this file, so not above
 
     if folder.exists() and any(folder.iterdir()):
         fail(f"{folder} is not empty: choose another folder to export to")
@@ -760,7 +742,7 @@ def export(folder: Path, run: Path) -> None:
 
 
 def main() -> None:
-    """Print what each preset comes to. Nothing is allocated: the models stand on the meta device."""
+    """Export, or print what each preset comes to; for that nothing is allocated: models stand on the meta device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write a run's model for other tools"

@@ -35,7 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, TextIO
 
 import numpy as np
 import regex  # what tiktoken itself uses for \p{L}
@@ -43,6 +43,7 @@ import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val")
+DEFAULT_TOKENIZER = "bpe:4096"
 PIECE_BYTES = 1 << 20  # text is read, cut and encoded in pieces of about this size
 SHARD_TOKENS = 1 << 27
 BPE_SAMPLE_BYTES = 1 << 26  # a BPE tokenizer learns from about this much text, spread evenly over the input
@@ -52,6 +53,22 @@ def fail(message: str) -> NoReturn:
     """End the program because of something its user can mend: one sentence on stderr, exit status 2."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+class Console:
+    """Lines of progress on a stream; on a terminal also a live line, which the next line replaces."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.live = stream, stream.isatty()
+        self.shown = 0.0
+
+    def line(self, text: str) -> None:
+        print(f"\r\033[K{text}" if self.live else text, file=self.stream, flush=True)
+
+    def glimpse(self, text: str) -> None:
+        if self.live and time.monotonic() - self.shown > 0.2:
+            print(f"\r\033[K{text}", end="", file=self.stream, flush=True)
+            self.shown = time.monotonic()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,9 +102,9 @@ def write_json(path: Path, value: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers: always a tiktoken.Encoding, whether bytes, trained here, or published
 
-# How GPT-4 cuts text into chunks (words with their leading space, numbers of up to three digits, punctuation, white
-# space). Merges never cross the edge of a chunk.
-CHUNK_PATTERN = (
+# Text is first cut into chunks, as GPT-4 does it: words with the space before them, numbers of up to three digits,
+# punctuation, white space. "it's 12345 cats" -> "it", "'s", " ", "123", "45", " cats". No token crosses an edge.
+GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
     r"""|\s+(?!\S)|\s"""
 )
@@ -139,43 +156,44 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 def train_bpe(chunk_counts: Counter[str], vocab_size: int) -> dict[bytes, int]:
     """Byte-pair encoding (Sennrich et al., 2016, on bytes as in GPT-2): from the 256 bytes on, the pair of adjacent
     tokens seen most often becomes the next token. Of equally frequent pairs the one with smaller ids comes first.
+    (naive_bpe in tests/test_prepare.py does the same in fifteen lines, which count everything anew for each token.)
 
-    `chunk_counts` says how often each chunk stands in the text. Returns the id of each token's bytes, at most
+    `chunk_counts` says how often each chunk stands in the text. Returns {bytes of a token: its id, or rank}, at most
     `vocab_size` of them: it ends early where no pair is seen twice.
     """
-    words = [list(chunk.encode()) for chunk in chunk_counts]
+    chunks = [list(chunk.encode()) for chunk in chunk_counts]  # as token ids
     counts = list(chunk_counts.values())
     pair_counts: Counter[tuple[int, int]] = Counter()
-    words_with = defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in pairwise(word):
+    chunks_with = defaultdict(set)
+    for i, chunk in enumerate(chunks):
+        for pair in pairwise(chunk):
             pair_counts[pair] += counts[i]
-            words_with[pair].add(i)
+            chunks_with[pair].add(i)
 
     tokens = list(BYTES)
     ranks = dict(BYTES)
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     while heap and len(ranks) < vocab_size:
-        count, pair = heapq.heappop(heap)
-        if -count != pair_counts[pair]:  # counts only fall after they are pushed; back with the true one
+        negative, pair = heapq.heappop(heap)
+        if -negative != pair_counts[pair]:  # counts only fall after they are pushed; back with the true one
             heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
-        if -count < 2:
+        if pair_counts[pair] < 2:
             break
         token = tokens[pair[0]] + tokens[pair[1]]
         if token not in ranks:  # else another pair spells the same bytes, and tiktoken merges both into one token
             ranks[token] = len(tokens)
             tokens.append(token)
         touched = set()
-        for i in words_with.pop(pair):
-            before, words[i] = words[i], merge(words[i], pair, ranks[token])
+        for i in chunks_with.pop(pair):  # only these change
+            before, chunks[i] = chunks[i], merge(chunks[i], pair, ranks[token])
             for old in pairwise(before):
                 pair_counts[old] -= counts[i]
-            for new in pairwise(words[i]):
+            for new in pairwise(chunks[i]):
                 pair_counts[new] += counts[i]
                 if ranks[token] in new:
-                    words_with[new].add(i)
+                    chunks_with[new].add(i)
                     touched.add(new)
         for new in touched:
             heapq.heappush(heap, (-pair_counts[new], new))
@@ -201,6 +219,23 @@ def tokenizer_from_dict(plain: dict) -> tiktoken.Encoding:
     )
 
 
+def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Token ids [N] of ordinary text: <|endoftext|> inside it becomes the tokens of its letters, not the token."""
+    return tokenizer.encode_to_numpy(text, disallowed_special=())
+
+
+def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
+    """The bytes of a token; none for an id that stands for nothing, as a few in published vocabularies do."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers of published models, in and out: tokenizer.json in the layout of Hugging Face
+
+
 def byte_letters() -> dict[int, str]:
     """The letter that stands for each byte in tokenizer.json: itself where it is printable, else one above 255."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -213,8 +248,8 @@ def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding) -> None
     letters = byte_letters()
     vocab = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer._mergeable_ranks.items()}
     # tiktoken joins two neighbours whenever they spell a token, so each way to split a token is a merge.
-    splits = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
-    merges = [pair for pair in splits if vocab.keys() >= set(pair)]
+    pairs = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
+    merges = [pair for pair in pairs if vocab.keys() >= set(pair)]
     # Oniguruma, which reads the pattern there, takes {1,3}+ for a repetition and $ for the end of a line.
     pattern = tokenizer._pat_str.replace("}+", "}").replace("$", r"\z")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -248,12 +283,13 @@ def load_published_tokenizer(folder: Path) -> tiktoken.Encoding:
 def tokenizer_from_published(path: Path) -> tiktoken.Encoding:
     """The tokenizer of a tokenizer.json. Raises ValueError where it is not byte-level BPE."""
     plain = json.loads(path.read_text(encoding="utf-8"))
-    steps = plain["pre_tokenizer"].get("pretokenizers", [plain["pre_tokenizer"]]) if plain["pre_tokenizer"] else []
+    first = plain["pre_tokenizer"] or {"pretokenizers": []}
+    steps = first.get("pretokenizers", [first])  # several, or it is one itself
     if plain["model"]["type"] != "BPE" or "ByteLevel" not in [step["type"] for step in steps]:
         raise ValueError(f"{path} is not byte-level BPE, the one kind of tokenizer that can be taken over")
     patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
     special = {token["content"]: token["id"] for token in plain["added_tokens"]}
-    ends = [name for name in (END_OF_TEXT, "<|end_of_text|>") if name in special]  # GPT-2's and Qwen's, Llama-3's
+    ends = [name for name in (END_OF_TEXT, "<|end_of_text|>") if name in special]  # the second is Llama-3's
     if not ends:
         raise ValueError(f"{path} has no token that ends a document")
     vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special}
@@ -264,19 +300,6 @@ def tokenizer_from_published(path: Path) -> tiktoken.Encoding:
         mergeable_ranks={bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()},
         special_tokens={END_OF_TEXT: special.pop(ends[0]), **special},
     )
-
-
-def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Token ids [N] of ordinary text: <|endoftext|> inside it becomes the tokens of its letters, not the token."""
-    return tokenizer.encode_to_numpy(text, disallowed_special=())
-
-
-def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
-    """The bytes of a token; none for an id that stands for nothing, as a few in published vocabularies do."""
-    try:
-        return tokenizer.decode_single_token_bytes(token)
-    except KeyError:
-        return b""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,10 +421,10 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
         size -= len(block)
         rest += decoder.decode(block)
         cut = CUT.search(rest) if size > 0 else None
-        end = cut.end() if cut else len(rest)
+        end = cut.end() if cut else len(rest)  # a megabyte without one is cut anywhere
         yield rest[:end]
         rest = rest[end:]
-    if rest:
+    if rest:  # the file has become shorter since its size was read
         yield rest
 
 
@@ -431,7 +454,7 @@ def split_pieces(files: list[Path], val_fraction: float, val_tail: bool, skipped
                 offset = tail_offset(stream, size, val_fraction)
                 parts = [("train", offset), ("val", size - offset)]
             else:
-                beginning = next(read_pieces(stream, min(size, PIECE_BYTES)))
+                beginning = next(read_pieces(stream, min(size, PIECE_BYTES)))  # of a document, which is never empty
                 stream.seek(0)
                 parts = [("val" if is_held_out(beginning, val_fraction) else "train", size)]
             for split, part_size in parts:
@@ -484,8 +507,8 @@ class ShardWriter:
 
 
 def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[str, list[np.ndarray]]]:
-    """A data set's meta.json, and per split its memory-mapped shards. Ends the program where it is not whole; reads all
-    of it for that, unless another process does."""
+    """A data set's meta.json, and per split its memory-mapped shards. Ends the program where it is not whole. All of it
+    is read for that, but for what `verify` says another process checks."""
     folder = Path(folder)
     shards = {split: [] for split in SPLITS}
     try:
@@ -518,28 +541,26 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
 
 
 class Progress:
-    """How far a stage is: a live line on a terminal, a plain line every ten seconds elsewhere."""
+    """How far a stage is, on stderr: where that is no terminal, in a line every ten seconds."""
 
     def __init__(self, verb: str, total_bytes: int):
         self.verb, self.total, self.done = verb, total_bytes, 0
-        self.live = sys.stderr.isatty()
-        self.start = self.shown = time.monotonic()
+        self.console = Console(sys.stderr)
+        self.start = self.told = time.monotonic()
 
     def advance(self, n_bytes: int) -> None:
         self.done += n_bytes
         now = time.monotonic()
-        if now - self.shown > (0.2 if self.live else 10):
-            self.shown = now
-            rate = self.done / (now - self.start)
-            left = max(self.total - self.done, 0) / rate
-            self._print(f"{rate / 1e6:.1f} MB/s, about {left:,.0f} s left", end="" if self.live else "\n")
+        rate = self.done / (now - self.start)
+        left = max(self.total - self.done, 0) / max(rate, 1)
+        text = f"{self.verb} {self.done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, about {left:,.0f} s left"
+        self.console.glimpse(text)
+        if now - self.told > 10 and not self.console.live:
+            self.console.line(text)
+            self.told = now
 
     def finish(self) -> None:
-        self._print(f"in {time.monotonic() - self.start:.1f} s", end="\n")
-
-    def _print(self, text: str, end: str) -> None:
-        clear = "\r\033[K" if self.live else ""
-        print(f"{clear}{self.verb} {self.done / 1e6:,.1f} MB {text}", end=end, file=sys.stderr, flush=True)
+        self.console.line(f"{self.verb} {self.done / 1e6:,.1f} MB in {time.monotonic() - self.start:.1f} s")
 
 
 def learn_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) -> tiktoken.Encoding:
@@ -550,14 +571,14 @@ def learn_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) 
     texts = ((split, text) for split, text in pieces if text is not None)
     for i, (split, text) in enumerate(texts):
         if split == "train" and i % every == 0:
-            chunks.update(regex.findall(CHUNK_PATTERN, text))
+            chunks.update(regex.findall(GPT4_PATTERN, text))
         progress.advance(len(text.encode()))
     ranks = train_bpe(chunks, vocab_size - 1)
     progress.finish()
-    return make_tokenizer(f"bpe:{len(ranks) + 1}", CHUNK_PATTERN, ranks)
+    return make_tokenizer(f"bpe:{len(ranks) + 1}", GPT4_PATTERN, ranks)
 
 
-def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def in_megabytes(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Pieces in lists of about a megabyte, so that short documents cost no more than long ones."""
     batch, size = [], 0
     for split, text in pieces:
@@ -597,9 +618,9 @@ def write_shards(folder: Path, tokenizer: tiktoken.Encoding, pieces: Iterable[Pi
     n_threads = os.cpu_count()
     with ThreadPoolExecutor(n_threads) as pool:
         pending = deque()
-        for batch in batched(pieces):
+        for batch in in_megabytes(pieces):
             pending.append(pool.submit(encode_batch, batch))
-            if len(pending) > 2 * n_threads:
+            if len(pending) > 2 * n_threads:  # reading must not run away from encoding, or memory fills
                 write_batch(pending.popleft().result())
         for future in pending:
             write_batch(future.result())
@@ -612,7 +633,7 @@ def write_shards(folder: Path, tokenizer: tiktoken.Encoding, pieces: Iterable[Pi
 def prepare(
     inputs: list[str],
     out: str | Path,
-    tokenizer: str = "bpe:4096",
+    tokenizer: str = DEFAULT_TOKENIZER,
     val_fraction: float | None = None,
     val_tail: bool = False,
 ) -> None:
@@ -624,7 +645,7 @@ def prepare(
         fail(f"{out} already holds a data set: remove it first, or choose another --out")
     if not 0 < val_fraction < 1:
         fail(f"--val_fraction {val_fraction} is not between 0 and 1")
-    encoding = named_tokenizer(tokenizer)
+    encoding = named_tokenizer(tokenizer)  # or how many tokens to learn
 
     skipped: Counter[str] = Counter()
     files = []
@@ -636,7 +657,7 @@ def prepare(
     if not files:
         fail(f"nothing to read is left: {'; '.join(skipped) or 'the folders hold no files'}")
     if len(files) == 1 and not is_container(files[0]) and not val_tail:
-        print(f"{files[0]} is one document, so its last {val_fraction:.0%} is held out (--val_tail)", file=sys.stderr)
+        print(f"{files[0]} is one document: its last {val_fraction:.0%} is held out, as by --val_tail", file=sys.stderr)
         val_tail = True
     total_bytes = sum(path.stat().st_size for path in files)
 
@@ -644,7 +665,7 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         for stale in [*out.glob("train-*.npy"), *out.glob("val-*.npy")]:  # of an interrupted preparation
             stale.unlink()
-        if isinstance(encoding, int):
+        if isinstance(encoding, int):  # all text is read twice, and what is skipped counted at the second time
             encoding = learn_tokenizer(encoding, split_pieces(files, val_fraction, val_tail, Counter()), total_bytes)
         splits = write_shards(out, encoding, split_pieces(files, val_fraction, val_tail, skipped), total_bytes)
         for what, count in skipped.most_common(20):
@@ -661,7 +682,7 @@ def prepare(
         meta = {"tokenizer": tokenizer_to_dict(encoding), "vocab_size": encoding.n_vocab, **splits}
         write_json(out / "meta.json", meta | {"sources": inputs or ["the Python standard library"]})
     except OSError as error:
-        fail(f"cannot write the data set {out}: {error}")
+        fail(f"cannot make the data set {out}: {error}")
     except KeyboardInterrupt:
         fail(f"interrupted: there is no data set in {out} yet")
     for split in SPLITS:
@@ -680,11 +701,13 @@ def main() -> None:
     parser.add_argument("--out", help="the data set's folder (default: data/ and the first input's name)")
     parser.add_argument(
         "--tokenizer",
-        default="bpe:4096",
+        default=DEFAULT_TOKENIZER,
         help="byte, bpe:N, a name of tiktoken's, or a published model's folder (%(default)s)",
     )
     parser.add_argument("--val_fraction", type=float, help="share of text held out (0.01; 0.05 of the default corpus)")
-    parser.add_argument("--val_tail", action="store_true", help="hold out the end of each document")
+    parser.add_argument(
+        "--val_tail", action="store_true", help="hold out the end of each document, as of one file"
+    )
     args = parser.parse_args()
     name = Path(args.inputs[0]).name.partition(".")[0] if args.inputs else "stdlib"
     prepare(args.inputs, args.out or Path("data", name), args.tokenizer, args.val_fraction, args.val_tail)

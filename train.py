@@ -62,7 +62,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 from model import GPT, PRESETS, GPTConfig, generate, load_published, model_with, tie
-from prepare import fail
+from prepare import Console, fail
 
 DEFAULT_DATA = "data/stdlib"
 
@@ -857,22 +857,6 @@ class Metrics:
                     self.board.add_scalar(name, value, row["step"])
 
 
-class Console:
-    """Lines of progress on stdout; on a terminal also a live line, which the next line replaces."""
-
-    def __init__(self):
-        self.live = sys.stdout.isatty()
-        self.shown = 0.0
-
-    def line(self, text: str) -> None:
-        print(f"\r\033[K{text}" if self.live else text, flush=True)
-
-    def glimpse(self, text: str) -> None:
-        if self.live and time.monotonic() - self.shown > 0.2:
-            print(f"\r\033[K{text}", end="", flush=True)
-            self.shown = time.monotonic()
-
-
 def clock(seconds: float) -> str:
     """4000 -> 1:06:40"""
     minutes, seconds = divmod(round(seconds), 60)
@@ -1228,7 +1212,7 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
         f"compile  {'on' if trainer.compiling else 'off'} (it pays on CUDA, only in long runs elsewhere)",
         flush=True,
     )
-    saver, stop_request, console = Saver(run, config.keep), StopRequest(), Console()
+    saver, stop_request, console = Saver(run, config.keep), StopRequest(), Console(sys.stdout)
     best_loss = from_rank_0(read_best(run).get("val_loss", math.inf))
 
     def save() -> None:
@@ -1271,8 +1255,8 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
             row = {"step": step, "loss": mean_loss, "lr": lr_at(step - 1, config), "grad_norm": grad_norm.item()}
             row |= {"seconds": now - started, "tokens_per_second": speed, "skipped": skipped}
             line = f"step {step:5,}/{config.steps:,}  loss {mean_loss:.4f}  {speed:9,.0f} tokens/s"
-            if experts := model.experts():
-                loads = torch.stack([expert.load for expert in experts])
+            if layers := model.expert_layers():
+                loads = torch.stack([layer.load for layer in layers])
                 row["expert_load"] = (torch.tensor(summed(*loads.flatten())).view_as(loads) / world).tolist()
             if peak_flops:
                 row["mfu"] = speed * model.flops_per_token() / (peak_flops * world)

@@ -268,13 +268,13 @@ def bpe(nano) -> tuple[str, str, str]:
     """Learning bpe:4096 from the default corpus, one thread"""
     texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()]
     start = time.perf_counter()
-    prepare.train_bpe(Counter(chunk for text in texts for chunk in regex.findall(prepare.CHUNK_PATTERN, text)), 4096)
+    prepare.train_bpe(Counter(chunk for text in texts for chunk in regex.findall(prepare.GPT4_PATTERN, text)), 4096)
     seconds, others = time.perf_counter() - start, []
     try:
         import rustbpe
 
         start = time.perf_counter()
-        rustbpe.Tokenizer().train_from_iterator(iter(texts), 4096, pattern=prepare.CHUNK_PATTERN)
+        rustbpe.Tokenizer().train_from_iterator(iter(texts), 4096, pattern=prepare.GPT4_PATTERN)
         others.append(f"rustbpe {time.perf_counter() - start:.1f} s")
     except ImportError:
         others.append("rustbpe is not installed")

@@ -246,7 +246,7 @@ def test_only_the_training_loss_holds_the_routers_losses():
     plain = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
     torch.testing.assert_close(model(tokens, tokens), plain)
     model.train()
-    routers = sum(expert.router_loss for expert in model.experts())
+    routers = sum(layer.router_loss for layer in model.expert_layers())
     torch.testing.assert_close(model(tokens, tokens), plain + routers)
 
 

@@ -23,7 +23,7 @@ from conftest import ROOT, shell, words
 import prepare
 
 TRAINED = prepare.make_tokenizer(
-    "bpe:400", prepare.CHUNK_PATTERN, prepare.train_bpe(Counter(regex.findall(prepare.CHUNK_PATTERN, words(3000))), 399)
+    "bpe:400", prepare.GPT4_PATTERN, prepare.train_bpe(Counter(regex.findall(prepare.GPT4_PATTERN, words(3000))), 399)
 )
 
 
@@ -105,7 +105,7 @@ def naive_bpe(counts: dict[str, int], vocab_size: int) -> list[bytes]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_bpe_learns_the_merges_of_a_naive_reference(seed):
-    counts = Counter(regex.findall(prepare.CHUNK_PATTERN, words(300, seed) + "aaaa aaa abababab" * seed))
+    counts = Counter(regex.findall(prepare.GPT4_PATTERN, words(300, seed) + "aaaa aaa abababab" * seed))
     assert list(prepare.train_bpe(counts, 450)) == naive_bpe(counts, 450)
 
 
@@ -119,8 +119,8 @@ def test_bpe_learns_the_merges_of_a_published_trainer():
     rustbpe = pytest.importorskip("rustbpe", reason="pip install rustbpe to compare with a published trainer")
     texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:150]]
     published = rustbpe.Tokenizer()
-    published.train_from_iterator(iter(texts), 1500, pattern=prepare.CHUNK_PATTERN)
-    counts = Counter(chunk for text in texts for chunk in regex.findall(prepare.CHUNK_PATTERN, text))
+    published.train_from_iterator(iter(texts), 1500, pattern=prepare.GPT4_PATTERN)
+    counts = Counter(chunk for text in texts for chunk in regex.findall(prepare.GPT4_PATTERN, text))
     assert list(prepare.train_bpe(counts, 1500)) == [bytes(token) for token, _ in published.get_mergeable_ranks()]
 
 
@@ -134,7 +134,7 @@ def test_text_cut_into_pieces_gives_the_same_tokens(name, monkeypatch):
     token and a cut inside a chunk shows. (The published merges would need a network.)"""
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *a, **k: {})
     monkeypatch.setattr(tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {})
-    pattern = prepare.CHUNK_PATTERN if name == "ours" else getattr(tiktoken_ext.openai_public, name)()["pat_str"]
+    pattern = prepare.GPT4_PATTERN if name == "ours" else getattr(tiktoken_ext.openai_public, name)()["pat_str"]
     rng = random.Random(0)
     parts = ["the", "model", "it's", "42", "naïve", "__init__", "(x)", "/usr"]
     separators = [" ", "\n", "  ", "\n\n", "_ ", "-\n", "\n/", " '", "é\n", "7 ", "中 "]
@@ -294,7 +294,7 @@ def test_shards_follow_each_other_and_read_back(call, tmp_path, monkeypatch):
 
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
     ranks = prepare.BYTES | {i.to_bytes(3, "big"): i for i in range(256, 70_000)}
-    tokenizer = prepare.make_tokenizer("wide", prepare.CHUNK_PATTERN, ranks)
+    tokenizer = prepare.make_tokenizer("wide", prepare.GPT4_PATTERN, ranks)
     pieces = [("train", (69_999).to_bytes(3, "big").decode("latin-1")), ("train", None)]
     splits = prepare.write_shards(tmp_path, tokenizer, pieces, 3)
     tokens = np.load(tmp_path / splits["train"]["shards"][0]["file"])
