@@ -705,9 +705,7 @@ def main() -> None:
         help="byte, bpe:N, a name of tiktoken's, or a published model's folder (%(default)s)",
     )
     parser.add_argument("--val_fraction", type=float, help="share of text held out (0.01; 0.05 of the default corpus)")
-    parser.add_argument(
-        "--val_tail", action="store_true", help="hold out the end of each document, as of one file"
-    )
+    parser.add_argument("--val_tail", action="store_true", help="hold out the end of each document, as of one file")
     args = parser.parse_args()
     name = Path(args.inputs[0]).name.partition(".")[0] if args.inputs else "stdlib"
     prepare(args.inputs, args.out or Path("data", name), args.tokenizer, args.val_fraction, args.val_tail)

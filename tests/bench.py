@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -41,15 +42,8 @@ import prepare
 import train
 from model import GPT, PRESETS, GPTConfig, generate
 
-QUIET = ["--eval_every", "1000000", "--eval_tokens", "128", "--save_every", "1000000", "--log_every", "10"]
-DENSE = [
-    "--n_expert",
-    "1",
-    "--n_expert_active",
-    "1",
-    "--n_inner",
-    "384",
-]  # grok-toy with one expert, of the active size
+QUIET = shlex.split("--eval_every 1000000 --eval_tokens 128 --save_every 1000000 --log_every 10")
+DENSE = shlex.split("--n_expert 1 --n_expert_active 1 --n_inner 384")  # grok-toy with one expert, of the active size
 SEEDS = (1, 2, 3)
 NO_OUTPUT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 

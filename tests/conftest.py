@@ -1,5 +1,6 @@
 """What several test files share: a small data set, a small run, and ways to call the scripts."""
 
+import json
 import os
 import random
 import shutil
@@ -7,51 +8,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from shlex import split
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import prepare
+import train
 
-WORDS = [
-    "the",
-    "a",
-    "small",
-    "model",
-    "learns",
-    "to",
-    "write",
-    "what",
-    "it",
-    "has",
-    "read,",
-    "one",
-    "token",
-    "after",
-    "another;",
-    "naïve",
-    "café",
-    "你好",
-    "🙂\n",
-]
-TINY = [
-    "--n_layer",
-    "2",
-    "--n_head",
-    "2",
-    "--n_kv_head",
-    "1",
-    "--n_embd",
-    "32",
-    "--seq_len",
-    "16",
-    "--batch_tokens",
-    "128",
-    "--micro_batch",
-    "4",
-]
+# fmt: off
+WORDS = ["the", "a", "small", "model", "learns", "to", "write", "what", "it", "has", "read,", "one", "token", "after",
+         "another;", "naïve", "café", "你好", "🙂\n"]
+# fmt: on
+TINY = split("--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4")
 
 
 def words(n: int, seed: int = 0) -> str:
@@ -117,6 +89,35 @@ def run(finished_run, tmp_path, monkeypatch) -> Path:
     """A copy of it, in this test's folder."""
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(finished_run, tmp_path / "run")
+
+
+def rows(run: Path, key: str) -> dict[int, float]:
+    """{step: value} from metrics.jsonl; a step that stands there twice is an error."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    pairs = [(row["step"], row[key]) for row in found if key in row]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def state_of(run: Path, step: int) -> dict:
+    return train.read_checkpoint(run / f"step-{step:08d}.json")
+
+
+def assert_same(a, b):
+    """Bit for bit, through dicts, lists and tensors."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
 
 
 def ranks(process: subprocess.Popen) -> list[int]:

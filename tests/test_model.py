@@ -56,6 +56,21 @@ def test_cached_logits_equal_uncached_ones(kind):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), atol=1e-4, rtol=1e-4)
 
 
+def test_only_the_last_logits_are_those_of_the_last_token():
+    model, tokens = make("today"), random_tokens(2, 24)
+    torch.testing.assert_close(model(tokens, only_last=True), model(tokens)[:, -1:], atol=1e-5, rtol=1e-5)
+
+
+@every_kind
+def test_a_sequence_beyond_the_positions_is_refused(kind):
+    model, tokens = make(kind), random_tokens(1, 20)
+    cache = KVCache(model.config, 1)
+    model(tokens, cache=cache)
+    for refuse in (lambda: model(random_tokens(1, 25)), lambda: model(tokens[:, :5], cache=cache)):
+        with pytest.raises(ValueError, match="25 tokens is longer than seq_len 24"):
+            refuse()
+
+
 @every_kind
 def test_greedy_text_is_the_same_without_a_cache_and_beyond_the_context(kind):
     model, tokens = make(kind), random_tokens(1, 10)

@@ -5,38 +5,22 @@ import statistics
 
 import pytest
 import torch
-from conftest import TINY
-from test_train import rows
+from conftest import TINY, rows
 
 import train
 from model import GPT, PRESETS, GPTConfig
 
-GPT3_MLP = {
-    "norm": "layer",
-    "position": "learned",
-    "qk_norm": False,
-    "activation": "gelu",
-    "gated": False,
-    "bias": True,
+# fmt: off
+MEGASCALE = {
+    "vocab_size": 51200, "seq_len": 2048, "n_layer": 96, "n_head": 96, "n_embd": 12288, "norm": "layer",
+    "position": "learned", "qk_norm": False, "activation": "gelu", "gated": False, "bias": True, "tied": True,
 }
-SHAPES = {
-    "gpt2": PRESETS["gpt2"],
-    "llama3-8b": PRESETS["llama3-8b"],
-    "llama3-405b": PRESETS["llama3-405b"],
-    "megascale-175b": dict(GPT3_MLP, vocab_size=51200, seq_len=2048, n_layer=96, n_head=96, n_embd=12288, tied=True),
-    "palm-540b": {
-        "vocab_size": 256000,
-        "seq_len": 2048,
-        "n_layer": 118,
-        "n_head": 48,
-        "n_kv_head": 1,
-        "head_dim": 256,
-        "n_embd": 18432,
-        "n_inner": 73728,
-        "tied": True,
-        "qk_norm": False,
-    },
+PALM = {
+    "vocab_size": 256000, "seq_len": 2048, "n_layer": 118, "n_head": 48, "n_kv_head": 1, "head_dim": 256,
+    "n_embd": 18432, "n_inner": 73728, "tied": True, "qk_norm": False,
 }
+# fmt: on
+SHAPES = {**PRESETS, "megascale-175b": MEGASCALE, "palm-540b": PALM}
 RUNS = [  # shape, tokens in a step, device, number, published utilisation, published tokens per second
     ("gpt2", 524_288, "H100", 8, 0.40, 3.74e6),  # llm.c, 140 ms a step
     ("gpt2", 491_520, "A100", 8, 0.29, 295e9 / (4 * 86400)),  # nanoGPT, about four days

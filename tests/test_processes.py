@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, ranks
-from test_train import assert_same, rows, state_of
+from conftest import ROOT, TINY, assert_same, ranks, rows, state_of
 
 import train
 

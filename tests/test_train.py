@@ -14,44 +14,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, shell, words
+from conftest import ROOT, TINY, assert_same, rows, shell, state_of, words
 
 import prepare
 import train
 from model import GPT, GPTConfig
-
-
-def rows(run: Path, key: str) -> dict[int, float]:
-    """{step: value} from metrics.jsonl; a step that stands there twice is an error."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    pairs = [(row["step"], row[key]) for row in found if key in row]
-    assert len(dict(pairs)) == len(pairs)
-    return dict(pairs)
-
-
-def state_of(run: Path, step: int) -> dict:
-    return train.read_checkpoint(run / f"step-{step:08d}.json")
-
-
-def assert_same(a, b):
-    """Bit for bit, through dicts, lists and tensors."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 @pytest.fixture
@@ -102,23 +74,9 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
 
 
 def test_accumulated_micro_batches_equal_one_batch(call, data, tmp_path):
+    flags = [*TINY, "--data", data, *split("--steps 5 --dtype float32 --lr 1e-3")]
     for micro in (1, 8):
-        call(
-            train,
-            *TINY,
-            "--data",
-            data,
-            "--out",
-            f"m{micro}",
-            "--steps",
-            5,
-            "--micro_batch",
-            micro,
-            "--dtype",
-            "float32",
-            "--lr",
-            1e-3,
-        )
+        call(train, *flags, "--out", f"m{micro}", "--micro_batch", micro)
     one, eight = state_of(tmp_path / "m1", 5)["model"], state_of(tmp_path / "m8", 5)["model"]
     for name in one:
         torch.testing.assert_close(one[name], eight[name], atol=1e-4, rtol=0)
@@ -242,41 +200,14 @@ def test_a_signal_between_steps_is_not_lost(call, data, tmp_path, monkeypatch):
 
 
 def test_init_begins_with_the_weights_of_a_run_and_a_new_schedule(run, call, data, tmp_path):
-    call(
-        train,
-        "--init",
-        run,
-        "--data",
-        data,
-        "--out",
-        "tuned",
-        "--steps",
-        1,
-        "--lr",
-        0,
-        "--batch_tokens",
-        64,
-        "--micro_batch",
-        4,
-    )
+    flags = split("--out tuned --steps 1 --lr 0 --batch_tokens 64 --micro_batch 4")
+    call(train, "--init", run, "--data", data, *flags)
     assert rows(tmp_path / "tuned", "val_loss")[1] == pytest.approx(rows(run, "val_loss")[20], abs=1e-6)
 
 
 def test_ctrl_c_saves_at_the_end_of_the_step_and_says_how_to_go_on(data, tmp_path):
-    command = [
-        sys.executable,
-        "-u",
-        ROOT / "train.py",
-        *TINY,
-        "--data",
-        data,
-        "--out",
-        "r",
-        "--steps",
-        10**6,
-        "--log_every",
-        1,
-    ]
+    flags = [*TINY, "--data", data, *split("--out r --steps 1000000 --log_every 1")]
+    command = [sys.executable, "-u", ROOT / "train.py", *flags]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step     5/"):
