@@ -43,7 +43,8 @@ from torch import Tensor, nn
 @dataclass
 class GPTConfig:
     """The shape of a model. What is left None is derived from the rest. Raises ValueError where sizes do not fit. Each
-    field is a flag of train.py, and the comment behind it the flag's help."""
+    field is a flag of train.py, and the comment behind it the flag's help. The default of a new one must be what older
+    checkpoints, which do not name it, computed."""
 
     vocab_size: int | None = None  # number of token ids (default: the data set's)
     seq_len: int = 128  # longest sequence, in tokens
@@ -119,7 +120,8 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
 def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine [T, D] of the angles by which positions [T] turn the channels of a head (RoPE, Su et al., 2021):
     channel i and channel i + D/2 are the two coordinates of a point that turns once in 2 pi base^(2i/D) tokens."""
-    frequencies = config.rope_base ** -torch.arange(0, 1, 2 / config.head_dim, device=positions.device)
+    D = config.head_dim
+    frequencies = config.rope_base ** (-torch.arange(0, D, 2, device=positions.device) / D)
     angles = torch.outer(positions, frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 

@@ -55,8 +55,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -135,7 +135,7 @@ RECIPES: dict[str, dict] = {
         "lr": 1.6e-2,
         "decay": 0.7,
     },
-    "shakespeare": {"data": "data/shakespeare", "batch_tokens": 8192, "steps": 400, "lr": 8e-3},
+    "shakespeare": {"data": "data/shakespeare", "batch_tokens": 8192, "steps": 480, "weight_decay": 0.4},
     "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=16),
 }
 
@@ -145,7 +145,7 @@ def settings(cls: type) -> dict[str, tuple[type, str]]:
     """{name: (type, what it is)} of a config's fields; the second is the comment behind the field."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
     hints = typing.get_type_hints(cls)
-    return {f.name: (hints[f.name], comments[f.name]) for f in fields(cls) if f.name in comments}
+    return {f.name: (hints[f.name], comments[f.name]) for f in fields(cls) if f.name != "model"}
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
@@ -164,21 +164,17 @@ def add_flags(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
 
 
 def build_config(chosen: dict) -> TrainConfig:
-    """The config in which `chosen`, a flat dict, overrides the preset that it names. Raises ValueError."""
+    """The config in which `chosen`, a flat dict, overrides the preset that it names. Ends the program on failure."""
     preset = chosen.get("preset", TrainConfig.preset)
     if preset not in PRESETS:
-        raise ValueError(f"no preset is called {preset!r}: use {', '.join(PRESETS)}")
+        fail(f"no preset is called {preset!r}: use {', '.join(PRESETS)}")
     chosen = {**PRESETS[preset], **RECIPES.get(preset, PUBLISHED), **chosen}
-    if unknown := chosen.keys() - settings(TrainConfig).keys() - settings(GPTConfig).keys():
-        raise ValueError(f"unknown setting {', '.join(sorted(unknown))}: python train.py --help lists them all")
-    shape = GPTConfig(**{name: chosen.pop(name) for name in settings(GPTConfig) if name in chosen})
-    return TrainConfig(**chosen, model=shape)
-
-
-def config_of(chosen: dict) -> TrainConfig:
-    """What build_config returns. Ends the program where it raises."""
+    of_model = {name: value for name, value in chosen.items() if name in settings(GPTConfig)}
+    of_training = {name: value for name, value in chosen.items() if name not in of_model}
+    if unknown := of_training.keys() - settings(TrainConfig).keys():
+        fail(f"unknown setting {', '.join(sorted(unknown))}: python train.py --help lists them all")
     try:
-        return build_config(chosen)
+        return TrainConfig(**of_training, model=GPTConfig(**of_model))
     except (ValueError, TypeError) as error:
         fail(str(error))
 
@@ -223,12 +219,13 @@ def parse_command_line() -> tuple[dict, bool, argparse.Namespace]:
         from_file.pop("out", None)
         given = {**from_file, **given}
     if asked.tokens:
-        given["steps"] = math.ceil(asked.tokens / config_of(given).batch_tokens)
+        given["steps"] = math.ceil(asked.tokens / build_config(given).batch_tokens)
     return given, resume, asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes: as many as torchrun started, or one, which is a group of one
+# Processes: as many as torchrun started, each with a number, its rank, or one, which is a group of one. What talks to
+# other ranks waits for them, so all must call it
 
 
 def start_processes(timeout: float) -> dist.Store:
@@ -249,14 +246,14 @@ def start_processes(timeout: float) -> dist.Store:
 
 
 def stop_all_ranks(message: str) -> NoReturn:
-    """End every rank with one sentence, said once. All ranks must come here."""
+    """End every rank with one sentence, said once."""
     if dist.get_rank() == 0:
         fail(message)
     raise SystemExit(2)
 
 
 def from_rank_0(value):
-    """What rank 0 calls `value`, on every rank."""
+    """Rank 0's `value`, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -270,7 +267,7 @@ def summed(*numbers: float) -> list[float]:
 
 
 def agree(what: str, mine: dict) -> None:
-    """Stop unless every rank was started with the same."""
+    """Stop unless `mine` is the same on every rank."""
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
     for rank, theirs in enumerate(everyones):
@@ -294,9 +291,8 @@ def roll_call(store: dist.Store, rank: int, world: int) -> list[int]:
 class StopRequest:
     """Whether the run is to end early: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, or when torchrun is gone."""
 
-    def __init__(self):
-        self.signalled = False
-        self.parent = os.getppid()
+    def __init__(self, parent: int):
+        self.signalled, self.parent = False, parent
         for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows lacks the third
             signal.signal(getattr(signal, name), self.note)
 
@@ -304,7 +300,7 @@ class StopRequest:
         self.signalled = True
 
     def made(self) -> bool:
-        """The same answer on every rank. All ranks must come here."""
+        """The same answer on every rank."""
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
         return any(summed(self.signalled or orphaned))
 
@@ -329,21 +325,25 @@ def spread(model: GPT, config: TrainConfig, device: torch.device) -> nn.Module:
     """The model on its device, so that a backward pass leaves the mean gradient of all ranks: with a copy of it on each
     (DDP), or with each block's parameters in pieces over groups of --shard ranks (FSDP2)."""
     world = dist.get_world_size()
-    if config.shard > 1:
-        mesh = init_device_mesh(
-            device.type, (world // config.shard, config.shard), mesh_dim_names=("replicate", "shard")
-        )
-        for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh)
-        return model
-    model.to(device)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    if config.shard == 1:
+        model.to(device)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    ranks = torch.arange(world).view(-1, config.shard)  # each row shares one copy of the model
+    timeout = timedelta(seconds=config.timeout)
+    columns, rows = (dist.new_subgroups_by_enumeration(r.tolist(), timeout)[0] for r in (ranks.T, ranks))
+    mesh = DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
+    gathered_as = getattr(torch, config.dtype)  # by autocast they would stay whole until the backward pass
+    policy = MixedPrecisionPolicy(param_dtype=gathered_as, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
 
 
 def sync_gradients(parallel: nn.Module, now: bool) -> None:
-    """Whether the next forward and backward pass averages gradients over ranks, as only the last of a step should."""
+    """Whether the next backward pass averages gradients over the copies of the model, as only the last of a step needs
+    to. Over the ranks that share a copy it always does, so that each keeps only its piece of them."""
     if isinstance(parallel, FSDPModule):
-        parallel.set_requires_gradient_sync(now)
+        parallel.set_requires_all_reduce(now)
     elif isinstance(parallel, DistributedDataParallel):
         parallel.require_backward_grad_sync = now
 
@@ -521,7 +521,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Apply the gradients. All ranks must come here."""
+        """Apply the gradients."""
         rank, world = dist.get_rank(), dist.get_world_size()
         (group,) = self.param_groups
         same_shape = defaultdict(list)
@@ -659,7 +659,7 @@ def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.de
 
 
 def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
-    """Weights and optimizer state by name, whole, copied to the CPU on rank 0. All ranks must come here."""
+    """Weights and optimizer state by name, whole, copied to the CPU on rank 0."""
     copies = {"model": {}, "optimizer": {}}
     if isinstance(model, FSDPModule):
         model.reshard()  # an evaluation leaves the root's parameters whole
@@ -744,13 +744,14 @@ class Saver:
     def mark_best(self, step: int, val_loss: float) -> None:
         self.writing.append(self.thread.submit(mark_best, self.run, step, val_loss))
 
-    def finish(self) -> None:
-        """Wait until all is on disk. Ends the program where that fails."""
-        try:
-            while self.writing:
-                self.writing.pop(0).result()
-        except (OSError, RuntimeError) as error:
-            fail(f"cannot save in {self.run} ({error}): the checkpoint before is whole; make room and --resume")
+    def finish(self) -> str | None:
+        """Wait on all ranks until all is on disk, or return what went wrong. They ask each other again and again, so
+        that none takes a long save for a rank that has died."""
+        while any(summed(sum(not task.done() for task in self.writing))):
+            time.sleep(0.1)
+        errors = [str(task.exception()) for task in self.writing if task.exception()]
+        self.writing.clear()
+        return from_rank_0(f"cannot save in {self.run} ({errors[0]})" if errors else None)
 
 
 class Damaged(Exception):
@@ -833,7 +834,8 @@ def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, Path]:
 
 
 class Metrics:
-    """metrics.jsonl, and TensorBoard's files where that is installed. Rows after `step` are of a life that was lost."""
+    """metrics.jsonl, and TensorBoard's files where that is installed. Rows after `step`, of steps that were lost with a
+    killed process, are dropped."""
 
     def __init__(self, run: Path, step: int):
         path = run / "metrics.jsonl"
@@ -849,8 +851,11 @@ class Metrics:
             self.board = None
 
     def write(self, **row) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk, say, which may have room again for the next checkpoint
+            print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
         if self.board:
             for name, value in row.items():
                 if isinstance(value, float):
@@ -892,8 +897,10 @@ def memory_parts(model: GPT, config: TrainConfig, shard: int) -> dict[str, float
     n, tokens, size = model.n_params(), config.micro_batch * config.model.seq_len, product_bytes(config)
     matrices = sum(p.numel() for p in in_muon(model, config))
     block = sum(p.numel() for p in model.blocks[0].parameters())
+    # Beside what is trained: sharded, a block's weights whole, and the next one's; else autocast's copies of all.
+    copies = 2 * size * block if shard > 1 else size * n if config.dtype != "float32" else 0
     return {
-        "weights": 4 * n / shard + (2 * 4 * block if shard > 1 else 0),  # sharded: this block's, and the next one's
+        "weights": 4 * n / shard + copies,
         "gradients": 4 * n / shard,
         "optimizer": (4 * matrices + 8 * (n - matrices)) / shard,
         "activations": size * tokens * model.activations_per_token(),
@@ -903,7 +910,7 @@ def memory_parts(model: GPT, config: TrainConfig, shard: int) -> dict[str, float
 
 def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, link: float, compute: float) -> tuple[float, float]:
     """Seconds in which what a step sends passes the narrowest link, and how many of them do not hide behind `compute`
-    seconds of work. Sent are weights and gradients in float32, in rings, and Muon's updates, one after the other."""
+    seconds of work. Sent are weights in the run's dtype, gradients in float32, and Muon's updates one by one."""
     shard, n_bytes = config.shard, 4 * model.n_params()
     n_micro = max(1, config.batch_tokens / gpus / (config.micro_batch * config.model.seq_len))
     muon_bytes = product_bytes(config) * sum(p.numel() for p in in_muon(model, config))
@@ -913,8 +920,8 @@ def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, link: float, com
     def ring(payload: float, members: int, width: float) -> float:  # an all-gather or a reduce-scatter
         return payload * (members - 1) / members / width + (members - 1) * HOP_SECONDS
 
-    gathered = 2 * n_micro * ring(n_bytes, shard, inside)  # forwards and backwards
-    averaged = ring(n_bytes, shard, inside) + 2 * ring(n_bytes / shard, gpus // shard, across)
+    gathered = 2 * n_micro * ring(product_bytes(config) * model.n_params(), shard, inside)  # forwards and backwards
+    averaged = n_micro * ring(n_bytes, shard, inside) + 2 * ring(n_bytes / shard, gpus // shard, across)
     updates = ring(muon_bytes, shard, inside) + (gpus > 1) * muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK)
     last_backward = compute * 2 / 3 / n_micro  # when DDP averages, in buckets of 25 MiB, of which one comes too late
     hides = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / n_bytes)
@@ -990,7 +997,7 @@ def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int 
 
 def plan_cluster(given: dict, asked: argparse.Namespace) -> None:
     """Print the plan of a run on GPUs that are not here, for the data set where it is."""
-    config = config_of(given)
+    config = build_config(given)
     meta = {}
     if Path(config.data, "meta.json").exists():
         meta, _ = prepare.load_dataset(config.data, verify=False)
@@ -1020,6 +1027,8 @@ def plan_here(trainer: Trainer, n_val: int) -> Iterator[str]:
         start = time.perf_counter()
         trainer.gradients(step)
         trainer.update(step)
+        if trainer.device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
     step_seconds = statistics.median(seconds[1:])  # the first one warms up
     evaluated = min(config.eval_tokens, n_val) * math.ceil(config.steps / config.eval_every)
@@ -1040,10 +1049,20 @@ def plan_here(trainer: Trainer, n_val: int) -> Iterator[str]:
 # The run
 
 
+def check_disk(out: str) -> None:
+    """Stop where another node has a newer checkpoint than rank 0, which reads and writes them."""
+    newest = max((record.name for record in Path(out).glob("step-*.json")), default="")
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, newest)
+    if max(everyones) > everyones[0]:
+        stop_all_ranks(f"rank 0 does not see {max(everyones)} in {out}: it must lie on a disk that all nodes share")
+
+
 def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None, bool]:
-    """The config, the run's folder, the state to begin with (None for a new model), and whether it is to be resumed."""
-    state = None
-    if resume and given.get("out") and not any(Path(given["out"]).glob("step-*")):
+    """The config, the run's folder, the state to begin with (None for a new model), and whether it goes on with a run:
+    where there is no checkpoint yet, even --resume begins anew."""
+    state, may_exist = None, resume
+    if resume and given.get("out") and not any(Path(given["out"]).glob("step-*.json")):
         print(f"there is no checkpoint in {given['out']} yet: a new run begins")
         resume = False
     if resume:
@@ -1061,12 +1080,12 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None,
     elif given.get("init"):
         state, _ = load_weights(given["init"])
         given = {**state["config"]["model"], "dropout": GPTConfig.dropout, **given}
-    config = config_of(given)
+    config = build_config(given)
     if config.out is None:
         numbered = (f"runs/{config.preset}-{n}" for n in range(1, 10**6))
         config.out = next(name for name in numbered if not Path(name).exists())
     run = Path(config.out)
-    if not resume and any(run.glob("*.json")):
+    if not may_exist and any(run.glob("*.json")):
         fail(f"{run} already holds a run: go on with it by --out {run} --resume, or choose another --out")
     world, n_micro = dist.get_world_size(), config.batch_tokens // (config.micro_batch * config.model.seq_len)
     if n_micro % world:
@@ -1106,8 +1125,8 @@ def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
     return meta, *splits
 
 
-def fingerprint(meta: dict) -> list[str]:
-    return [shard["sha256"] for shard in meta["train"]["shards"]]
+def hashes(meta: dict, split: str) -> list[str]:
+    return [shard["sha256"] for shard in meta[split]["shards"]]
 
 
 def take_over(model: GPT, state: dict, meta: dict, config: TrainConfig, resume: bool) -> None:
@@ -1119,7 +1138,7 @@ def take_over(model: GPT, state: dict, meta: dict, config: TrainConfig, resume: 
         model.load_state_dict(tie(config.model, state["model"]))
         if not resume:
             return
-        if state["data"] != fingerprint(meta):
+        if state["data"] != hashes(meta, "train"):
             fail(f"{config.data} is not the data set that this run began with: prepare that again, or start a new run")
         if state["config"]["optimizer"] != config.optimizer:
             fail(f"{config.out} was trained with --optimizer {state['config']['optimizer']}, whose state it needs")
@@ -1137,9 +1156,9 @@ def open_folder(run: Path, config: TrainConfig, step: int, may_exist: bool) -> M
         run.mkdir(parents=True, exist_ok=may_exist)
         for unfinished in run.glob("*.partial"):  # by a process that was killed
             unfinished.unlink()
-        for record in run.glob("step-*.json"):  # damaged ones, which were passed over
+        for record in run.glob("step-*.json"):  # those that were passed over
             if record.name > f"step-{step:08d}.json":
-                record.unlink()
+                record.rename(f"{record}.damaged")
         prepare.write_json(run / "config.json", asdict(config))
         return Metrics(run, step)
     except OSError as error:
@@ -1147,7 +1166,7 @@ def open_folder(run: Path, config: TrainConfig, step: int, may_exist: bool) -> M
 
 
 def what_is_wrong(loss: Tensor, grad_norm: Tensor) -> str:
-    """With a gradient that is not finite, and on which ranks. All ranks must come here."""
+    """With a gradient that is not finite, and on which ranks."""
     finite = [None] * dist.get_world_size()
     dist.all_gather_object(finite, loss.isfinite().item())
     ranks = ", ".join(str(rank) for rank, is_finite in enumerate(finite) if not is_finite) or "none"
@@ -1165,13 +1184,15 @@ def specimen(model: GPT, tokenizer: tiktoken.Encoding, device: torch.device, see
 
 def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     """All of a run, on each rank: open it, build, resume; then step, log, save and evaluate to the end."""
-    started = time.monotonic()
+    started, parent = time.monotonic(), os.getppid()
     rank, world = dist.get_rank(), dist.get_world_size()
     agree("version or setting", {"torch": torch.__version__, "resume": resume, **given})
+    if resume and "out" in given:
+        check_disk(given["out"])
     config, run, state, resume = open_run(given, resume) if rank == 0 else (None, None, None, None)
     config, run, resume = from_rank_0((config, run, resume))
     meta, train_windows, val_windows = load_data(config)
-    agree("data set", {"its SHA-256s": fingerprint(meta)})
+    agree("data set", {f"SHA-256 of {split}": hashes(meta, split) for split in prepare.SPLITS})
 
     # build
     device, device_reason = choose_device(config.device)
@@ -1197,8 +1218,7 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     stop_at = config.stop_at or config.steps
     if step >= stop_at:
         stop_all_ranks(f"{run} is at step {step} already: give more --steps, or a later --stop_at, to go on")
-    may_exist = resume or given.get("out") is not None
-    metrics = open_folder(run, config, step, may_exist) if rank == 0 else None
+    metrics = open_folder(run, config, step, may_exist="out" in given or resume) if rank == 0 else None
     tokens, n_bytes = config.steps * config.batch_tokens, sum(memory_parts(model, config, config.shard).values())
     print(
         f"run      {run}\n"
@@ -1212,15 +1232,16 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
         f"compile  {'on' if trainer.compiling else 'off'} (it pays on CUDA, only in long runs elsewhere)",
         flush=True,
     )
-    saver, stop_request, console = Saver(run, config.keep), StopRequest(), Console(sys.stdout)
+    saver, stop_request, console = Saver(run, config.keep), StopRequest(parent), Console(sys.stdout)
     best_loss = from_rank_0(read_best(run).get("val_loss", math.inf))
 
     def save() -> None:
         """Copy the state off the device, for the saver to write while training goes on."""
         start = time.monotonic()
-        saver.finish()
-        state = snapshot(model, trainer.optimizers)
-        state |= {"step": step, "config": asdict(config), "tokenizer": meta["tokenizer"], "data": fingerprint(meta)}
+        if trouble := saver.finish():
+            console.line(f"{trouble}; trying again")
+        state = {"step": step, "config": asdict(config), **snapshot(model, trainer.optimizers)}
+        state |= {"tokenizer": meta["tokenizer"], "data": hashes(meta, "train")}
         if rank == 0:
             saver.save(state)
             metrics.write(step=step, save_stall=time.monotonic() - start)
@@ -1242,8 +1263,7 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
             console.line(f"{wrong}; skipped")
             model.zero_grad()
         step += 1
-        asked_to_leave = stop_request.made()
-        leaving = step == stop_at or asked_to_leave
+        leaving = stop_request.made() or step == stop_at
 
         # log
         now = time.monotonic()
@@ -1287,9 +1307,10 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
                     saver.mark_best(step, val_loss)
             last_step, last_log = step, time.monotonic()
 
-    saver.finish()
+    if trouble := saver.finish():
+        stop_all_ranks(f"{trouble}: the checkpoint before is whole; make room and --resume")
     go_on = f"to go on: {'torchrun ... ' if world > 1 else 'python '}train.py --out {run} --resume"
-    if asked_to_leave:
+    if step < stop_at:
         print(f"stopped at step {step} and saved; {go_on}")
         return
     text = specimen(model, prepare.tokenizer_from_dict(meta["tokenizer"]), device, config.seed)

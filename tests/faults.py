@@ -233,7 +233,7 @@ def fuzz(n: int) -> tuple[int, str]:
     def settings() -> None:
         sys.argv = ["train.py", "--config", "config.json"]
         given, *_ = train.parse_command_line()
-        train.config_of(given)
+        train.build_config(given)
 
     shutil.copy("fuzzed/config.json", "config.json")
     checkpoint, record, meta = Path("fuzzed/step-00000001.pt"), Path("fuzzed/step-00000001.json"), Path("set/meta.json")

@@ -166,6 +166,25 @@ def test_metrics_hold_each_step_once_after_a_step_back(run, call):
     assert rows(run, "loss") == losses
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(run, call):
+    """Whether it had come to make its folder, or was about to save for the first time."""
+    losses = rows(run, "loss")
+    for path in [*run.glob("step-*"), run / "best.json"]:
+        path.unlink()
+    (run / "step-00000005.pt").write_bytes(b"half of it")
+    call(
+        train,
+        "--config",
+        run / "config.json",
+        "--data",
+        json.loads((run / "config.json").read_text())["data"],
+        "--out",
+        run,
+        "--resume",
+    )
+    assert rows(run, "loss") == losses
+
+
 def test_resuming_says_what_the_command_line_changes(run, call, capsys):
     call(train, "--out", run, "--resume", "--steps", 25, "--lr", 1e-3)
     printed = capsys.readouterr().out
