@@ -23,7 +23,7 @@ import torch
 
 from model import GPT, generate
 from prepare import encode, fail, token_bytes
-from train import choose_device, load_model, newest_run
+from train import choose_device, has_bfloat16, load_model, newest_run
 
 
 def parse_command_line() -> argparse.Namespace:
@@ -74,7 +74,7 @@ class Decoder:
         if found:
             self.ended = True
             return certain
-        overlap = max(n for n in range(len(self.stop)) if text.endswith(self.stop[:n]))
+        overlap = max(n for n in range(len(self.stop)) if text.endswith(self.stop[:n]))  # 0, if nothing else
         certain, self.held = text[: len(text) - overlap], text[len(text) - overlap :]
         return certain
 
@@ -94,8 +94,8 @@ def continuations(model: GPT, tokenizer: tiktoken.Encoding, prompt: str, args, g
     tokens = torch.tensor([ids] * args.n, device=device)
     decoders = [Decoder(tokenizer, args.stop) for _ in range(args.n)]
     how = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
-    for step in islice(generate(model, tokens, n_vocab=tokenizer.n_vocab, **how), args.tokens):
-        yield ["" if d.ended else d.feed(token) for d, token in zip(decoders, step.tolist())]
+    for new in islice(generate(model, tokens, n_vocab=tokenizer.n_vocab, **how), args.tokens):
+        yield ["" if d.ended else d.feed(token) for d, token in zip(decoders, new.tolist())]
         if all(d.ended for d in decoders):
             return
     yield ["" if d.ended else d.finish() for d in decoders]
@@ -110,8 +110,8 @@ def write(model: GPT, tokenizer: tiktoken.Encoding, prompt: str, args, generator
             print(new, end="", flush=True)
         print()
     else:
-        for i, text in enumerate(map("".join, zip(*steps))):
-            print(f"--- {i + 1} of {args.n}\n{prompt}{text}")
+        for i, parts in enumerate(zip(*steps)):
+            print(f"--- {i + 1} of {args.n}\n{prompt}{''.join(parts)}")
 
 
 def main() -> None:
@@ -124,9 +124,14 @@ def main() -> None:
             fail(f"cannot read --prompt_file {args.prompt_file}: {error}")
     model, tokenizer, source = load_model(args.source or newest_run())
     device, _ = choose_device(args.device)
+    if not has_bfloat16(device):  # in which weights may be published
+        model.float()
     model.to(device).eval()
     generator = torch.Generator(device)
-    generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+    if args.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(args.seed)
     print(source, file=sys.stderr)
 
     if not args.interactive:
@@ -143,4 +148,4 @@ if __name__ == "__main__":
         print()
     except BrokenPipeError:  # the reader, head say, has seen enough
         sys.stderr.close()
-    gc.freeze()  # for a quick exit, as in train.py
+    gc.freeze()  # as in train.py, for a quick exit

@@ -72,14 +72,19 @@ DEFAULT_DATA = "data/stdlib"
 
 @dataclass
 class TrainConfig:
+    """How to train. Each field is a flag, and the comment behind it the flag's help. Flags override the file given by
+    --config, which overrides the preset, which overrides what stands here; a resumed run's settings are its own."""
+
     preset: str = "toy"  # settings to begin with, listed below
     data: str = DEFAULT_DATA  # data set made by prepare.py
     out: str | None = None  # folder of the run (default: runs/PRESET-N, the first free N)
     init: str | None = None  # weights to begin with: a run, a checkpoint, or a folder of published weights
+
     steps: int = 560  # optimizer steps in the schedule
     stop_at: int | None = None  # step to stop at, saved, with the schedule left alone (default: steps)
     batch_tokens: int = 4096  # tokens in one optimizer step
     micro_batch: int = 8  # sequences in one forward and backward pass
+
     optimizer: Literal["muon", "adamw"] = "muon"  # Muon for matrices in blocks and AdamW for the rest, or all AdamW
     lr: float = 8e-3  # peak learning rate
     warmup: float = 0.02  # share of the steps in which the learning rate rises
@@ -88,17 +93,20 @@ class TrainConfig:
     momentum: float = 0.8  # Muon's; short runs want less
     grad_clip: float = 1.0  # largest norm of the gradient
     skip_bad_steps: int = 0  # steps without a finite gradient that are left out before the run stops
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
     compile: bool | None = None  # torch.compile (default: on CUDA)
     device: str | None = None  # cpu, cuda, mps, ... (default: the accelerator where there is one)
     shard: int = 1  # processes that share one copy of the model (FSDP2); 1: each has its own (DDP)
     timeout: float = 600.0  # seconds after which a process that does not answer is given up
     seed: int = 1  # of the weights, the order of the data and dropout
+
     eval_every: int = 200  # steps between evaluations
     eval_tokens: int = 2**20  # most held-out tokens read by an evaluation
     save_every: int = 200  # steps between checkpoints
     log_every: int = 20  # steps between lines of progress
     keep: int = 2  # newest checkpoints kept, beside the best
+
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self):
@@ -122,7 +130,8 @@ class TrainConfig:
             )
 
 
-# How to train the presets of model.py: the published models by half a million tokens a step, as GPT-2 was.
+# How to train the presets of model.py where it differs from TrainConfig. Those not named here go by PUBLISHED, half a
+# million tokens a step as for GPT-2.
 PUBLISHED = {"batch_tokens": 524_288, "micro_batch": 1, "steps": 20_000, "lr": 6e-4, "momentum": 0.95, "log_every": 1}
 RECIPES: dict[str, dict] = {
     "toy": {},
@@ -216,7 +225,7 @@ def parse_command_line() -> tuple[dict, bool, argparse.Namespace]:
             from_file = flatten(json.loads(Path(file).read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             fail(f"cannot read settings from {file}: {error}")
-        from_file.pop("out", None)
+        from_file.pop("out", None)  # its folder is that run's alone
         given = {**from_file, **given}
     if asked.tokens:
         given["steps"] = math.ceil(asked.tokens / build_config(given).batch_tokens)
@@ -259,6 +268,13 @@ def from_rank_0(value):
     return box[0]
 
 
+def from_all(value) -> list:
+    """Every rank's `value`, on every rank."""
+    box = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
 def summed(*numbers: float) -> list[float]:
     """Each number's sum over all ranks."""
     totals = torch.tensor(numbers, dtype=torch.float64)
@@ -268,12 +284,12 @@ def summed(*numbers: float) -> list[float]:
 
 def agree(what: str, mine: dict) -> None:
     """Stop unless `mine` is the same on every rank."""
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    for rank, theirs in enumerate(everyones):
-        for name in sorted(everyones[0].keys() | theirs.keys()):
-            if theirs.get(name) != (first := everyones[0].get(name)):
-                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {theirs.get(name)}, not {first}")
+    first, *others = from_all(mine)
+    for rank, theirs in enumerate(others, start=1):
+        for name in sorted(first.keys() | theirs.keys()):
+            if (other := theirs.get(name)) != first.get(name):
+                told = f"{name} is {other}, not {first.get(name)}"
+                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {told}")
 
 
 def roll_call(store: dist.Store, rank: int, world: int) -> list[int]:
@@ -307,8 +323,7 @@ class StopRequest:
 
 def describe_processes(device: torch.device) -> str:
     """How many ranks on which hosts, and the speed of an all-reduce of 16 MiB, timed once."""
-    hosts = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = from_all(socket.gethostname())
     text = f"{len(hosts)} on {', '.join(sorted(set(hosts)))}"
     if len(hosts) > 1:
         tensor = torch.zeros(2**22, device=device)
@@ -382,6 +397,7 @@ ACCELERATORS = {
 
 
 def choose_device(name: str | None) -> tuple[torch.device, str]:
+    """The device, and the reason."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator and name in (None, accelerator.type):  # ranks of a node take one each
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
@@ -441,22 +457,23 @@ def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
 # Batches: the windows of step s follow from (seed, s), and nothing else
 
 
-def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where each of `index` lands when 0 .. n-1 are shuffled, without storing the shuffle: a Feistel network permutes
-    the numbers of 2 h bits, and one that lands outside 0 .. n-1 goes through again until it is inside."""
+def permute(numbers: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where each of `numbers` lands when 0 .. n-1 are shuffled, without storing the shuffle. A Feistel network does it:
+    cut a number of 2 h bits into halves, and six times swap them and mix the one into the other, which can be undone,
+    so that no two numbers meet. What lands outside 0 .. n-1 goes through again until it is inside."""
     half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = np.uint64(2**half - 1)
     rounds = np.random.SeedSequence(key).generate_state(6, np.uint64)
-    index = index.astype(np.uint64)
-    outside = np.ones(len(index), bool)
+    numbers = numbers.astype(np.uint64)
+    outside = np.ones(len(numbers), bool)
     while outside.any():
-        left, right = index[outside] >> np.uint64(half), index[outside] & mask
+        left, right = numbers[outside] >> np.uint64(half), numbers[outside] & mask
         for salt in rounds:
             mixed = (right ^ salt) * np.uint64(0x9E3779B97F4A7C15)  # wraps around; its high bits depend on all of right
             left, right = right, left ^ (mixed >> np.uint64(40) & mask)
-        index[outside] = left << np.uint64(half) | right
-        outside = index >= n
-    return index.astype(np.int64)
+        numbers[outside] = left << np.uint64(half) | right
+        outside = numbers >= n
+    return numbers.astype(np.int64)
 
 
 class Windows:
@@ -501,27 +518,32 @@ class Windows:
 def orthogonalised(matrices: Tensor) -> Tensor:
     """Matrices [N, R, C] with their singular vectors kept and their singular values drawn towards one, by five rounds
     of Newton and Schulz's iteration with the coefficients of Jordan et al. (2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # steep at zero; values end between about 0.7 and 1.2
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # (a + b gram + c gram^2) x
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with its work done together for matrices of one shape, dealt out over the ranks, and in `dtype`.
-    Torch's takes one matrix after the other, on each rank all of them, and always in bfloat16, which is slow on most
-    CPUs. Updates are scaled to the size of AdamW's (Liu et al., 2025), so that one learning rate serves both."""
+    """Steps along the mean of past gradients in which all directions of a matrix learn equally fast: the singular
+    values of a step are made one (Jordan et al., 2024), times a factor for the size of AdamW's steps, so that one
+    learning rate serves both (Liu et al., 2025).
+
+    Differs from torch's in how it gets there. Torch's takes one matrix after the other, on each rank all of them, and
+    always in bfloat16, which is slow on most CPUs. Here those of one shape go together, in `dtype`, dealt out over the
+    ranks."""
 
     def __init__(self, matrices: list[Tensor], dtype: torch.dtype, **how):
-        super().__init__(matrices, adjust_lr_fn="match_rms_adamw", **how)
+        super().__init__(matrices, **how)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
-        """Apply the gradients."""
+        """Apply the gradients. All ranks must come here."""
         rank, world = dist.get_rank(), dist.get_world_size()
         (group,) = self.param_groups
         same_shape = defaultdict(list)
@@ -532,15 +554,16 @@ class Muon(torch.optim.Muon):
             for i, matrix in enumerate(matrices):
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-                momentum = self.state[matrix]["momentum_buffer"]
-                momentum.lerp_(matrix.grad, 1 - group["momentum"])
-                update = whole(matrix.grad.lerp(momentum, group["momentum"]).to(self.dtype))
+                mean = self.state[matrix]["momentum_buffer"]
+                mean.lerp_(matrix.grad, 1 - group["momentum"])
+                ahead = matrix.grad.lerp(mean, group["momentum"])  # Nesterov's: where the mean is going
+                ahead = whole(ahead.to(self.dtype))
                 if i % world == rank:
-                    mine.append(update)
-            mine = orthogonalised(torch.stack(mine)) if mine else None
+                    mine.append(ahead)
+            updates = orthogonalised(torch.stack(mine)) if mine else None
             for i, matrix in enumerate(matrices):
                 if i % world == rank:
-                    update = mine[i // world].contiguous()
+                    update = updates[i // world].contiguous()
                 else:
                     update = torch.empty(shape, dtype=self.dtype, device=matrix.device)
                 if world > 1:  # a single rank may be on a device that no backend serves, such as mps
@@ -549,7 +572,7 @@ class Muon(torch.optim.Muon):
                 matrix.add_(piece(update, matrix), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
-def in_muon(model: GPT, config: TrainConfig) -> list[Tensor]:
+def muon_matrices(model: GPT, config: TrainConfig) -> list[Tensor]:
     """The matrices in blocks, where Muon is the optimizer."""
     return [p for p in model.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
 
@@ -557,7 +580,7 @@ def in_muon(model: GPT, config: TrainConfig) -> list[Tensor]:
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices in blocks, where a gradient's directions matter more than their sizes; AdamW for the
     rest."""
-    matrices = in_muon(model, config)
+    matrices = muon_matrices(model, config)
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     adamw = torch.optim.AdamW(
@@ -602,14 +625,16 @@ class Trainer:
         self.optimizers = make_optimizers(model, config)
 
     def gradients(self, step: int) -> tuple[Tensor, Tensor]:
-        """Leave the clipped mean gradient of a step's batch. Returns this rank's mean loss, and the norm before."""
+        """Leave the mean gradient of a step's batch, clipped, in the parameters. Returns this rank's mean loss, and the
+        norm of the gradient before it was clipped."""
         seed, size = self.config.seed, self.config.micro_batch
         rank, world = dist.get_rank(), dist.get_world_size()
         rows = self.config.batch_tokens // self.windows.seq_len // world  # of each rank
         indices = self.windows.batch_indices(seed, step, rows * world)
         loss = torch.zeros((), device=self.device)
         for row in range(rank * rows, (rank + 1) * rows, size):
-            torch.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1)[0]))  # dropout
+            # Dropout follows from the place in the batch, whichever rank has it.
+            torch.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1)[0]))
             inputs, targets = self.windows.get(indices[row : row + size], self.device)
             sync_gradients(self.parallel, row + size == (rank + 1) * rows)
             with autocast(self.device, self.config):
@@ -633,12 +658,13 @@ class Trainer:
 
 @torch.no_grad()
 def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.device) -> tuple[float, float]:
-    """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers."""
+    """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers, so that
+    training goes on as if it had not been."""
     n = min(windows.n_windows, max(1, config.eval_tokens // windows.seq_len))
     chosen = np.linspace(0, windows.n_windows, n, endpoint=False).astype(np.int64)
-    share = -(-n // dist.get_world_size())  # of each rank; the last may repeat the last window, which is not counted
+    share = math.ceil(n / dist.get_world_size())  # of each rank; the last may repeat a window, which is not counted
     mine = dist.get_rank() * share + np.arange(share)
-    indices, counts = chosen[np.minimum(mine, n - 1)], torch.from_numpy(mine < n)
+    indices, counted = chosen[np.minimum(mine, n - 1)], torch.from_numpy(mine < n)
     model.eval()
     losses = []
     for i in range(0, share, config.micro_batch):
@@ -648,7 +674,7 @@ def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.de
         each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         losses.append(each.view_as(targets).mean(1).cpu().double())
     model.train()
-    losses = torch.cat(losses)[counts]
+    losses = torch.cat(losses)[counted]
     (total,) = summed(losses.sum())
     (squares,) = summed((losses - total / n).square().sum())
     return total / n, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan
@@ -679,7 +705,7 @@ def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, d
     return copies
 
 
-def restore(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
+def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
     """Put an optimizer state that rank 0 has read into the optimizers of all ranks, a tensor at a time."""
     tensors = state["optimizer"] if dist.get_rank() == 0 else {}
     sizes = from_rank_0({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
@@ -759,8 +785,8 @@ class Damaged(Exception):
 
 
 def read_checkpoint(record: Path) -> dict:
-    """The state that a checkpoint's JSON names, on the CPU, after its size and SHA-256 are found right. Nothing in the
-    file is executed. Raises Damaged."""
+    """The state that a checkpoint's JSON names, on the CPU, after its SHA-256 is found right. Nothing in the file is
+    executed. Raises Damaged."""
     try:
         named = json.loads(record.read_text(encoding="utf-8"))
         path = record.with_name(Path(named["file"]).name)
@@ -802,8 +828,8 @@ def newest_run(runs: str | Path = "runs") -> Path:
     return max(records, key=lambda record: record.stat().st_mtime).parent
 
 
-def load_weights(path: str | Path) -> tuple[dict, Path]:
-    """What load_checkpoint returns, of a run, of a checkpoint, or of a folder of published weights."""
+def load_source(path: str | Path) -> tuple[dict, Path]:
+    """What load_checkpoint returns, of a run, a checkpoint, or a folder of published weights (without optimizer)."""
     folder = Path(path)
     try:
         published = "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -821,7 +847,7 @@ def load_weights(path: str | Path) -> tuple[dict, Path]:
 
 def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, Path]:
     """The model on the CPU, its tokenizer, and the file or folder that they came from. Ends the program on failure."""
-    state, source = load_weights(path)
+    state, source = load_source(path)
     try:
         model = model_with(GPTConfig(**state["config"]["model"]), state["model"])
         return model, prepare.tokenizer_from_dict(state["tokenizer"]), source
@@ -870,192 +896,28 @@ def clock(seconds: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan: what a run will take, before it takes it
-
-# Assumed of clusters. Nodes of eight GPUs with a 400 Gbit/s port each; failures as Meta reported for Llama 3.
-NODE_GPUS, NODE_LINK, HOP_SECONDS = 8, 400e9, 10e-6
-FAILURES_PER_GPU_DAY, RESTART_SECONDS, COPY_BYTES_PER_SECOND = 4.74e-4, 600.0, 20e9
-
-
-def predicted_loss(n_params: float, tokens: float) -> float:
-    """Nats per token of web text (Hoffmann et al., 2022, as Besiroglu et al. corrected the fit in 2404.10102)."""
-    return 1.8172 + 482.01 / n_params**0.3478 + 2085.43 / tokens**0.3658
-
-
-def optimal_tokens(n_params: float) -> float:
-    """Where that loss is least for its compute, 6 x parameters x tokens."""
-    return (0.3658 * 2085.43 / (0.3478 * 482.01) * n_params**0.3478) ** (1 / 0.3658)
-
-
-def product_bytes(config: TrainConfig) -> int:
-    """Of a number in matrix products, hence in activations."""
-    return 4 if config.dtype == "float32" else 2
-
-
-def memory_parts(model: GPT, config: TrainConfig, shard: int) -> dict[str, float]:
-    """Bytes on each device, by part."""
-    n, tokens, size = model.n_params(), config.micro_batch * config.model.seq_len, product_bytes(config)
-    matrices = sum(p.numel() for p in in_muon(model, config))
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    # Beside what is trained: sharded, a block's weights whole, and the next one's; else autocast's copies of all.
-    copies = 2 * size * block if shard > 1 else size * n if config.dtype != "float32" else 0
-    return {
-        "weights": 4 * n / shard + copies,
-        "gradients": 4 * n / shard,
-        "optimizer": (4 * matrices + 8 * (n - matrices)) / shard,
-        "activations": size * tokens * model.activations_per_token(),
-        "logits": (8 + size) * tokens * config.model.vocab_size,  # themselves, their softmax, their gradient
-    }
-
-
-def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, link: float, compute: float) -> tuple[float, float]:
-    """Seconds in which what a step sends passes the narrowest link, and how many of them do not hide behind `compute`
-    seconds of work. Sent are weights in the run's dtype, gradients in float32, and Muon's updates one by one."""
-    shard, n_bytes = config.shard, 4 * model.n_params()
-    n_micro = max(1, config.batch_tokens / gpus / (config.micro_batch * config.model.seq_len))
-    muon_bytes = product_bytes(config) * sum(p.numel() for p in in_muon(model, config))
-    inside = link if shard <= NODE_GPUS else NODE_LINK
-    across = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
-
-    def ring(payload: float, members: int, width: float) -> float:  # an all-gather or a reduce-scatter
-        return payload * (members - 1) / members / width + (members - 1) * HOP_SECONDS
-
-    gathered = 2 * n_micro * ring(product_bytes(config) * model.n_params(), shard, inside)  # forwards and backwards
-    averaged = n_micro * ring(n_bytes, shard, inside) + 2 * ring(n_bytes / shard, gpus // shard, across)
-    updates = ring(muon_bytes, shard, inside) + (gpus > 1) * muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK)
-    last_backward = compute * 2 / 3 / n_micro  # when DDP averages, in buckets of 25 MiB, of which one comes too late
-    hides = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / n_bytes)
-    return gathered + averaged + updates, max(0.0, gathered + averaged - hides) + updates
-
-
-def compute_seconds(model: GPT, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> float:
-    """Seconds of a step at a share `mfu` of the published peak."""
-    return model.flops_per_token() * config.batch_tokens / (gpus * ACCELERATORS[gpu].flops * mfu)
-
-
-def plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int | None) -> Iterator[str]:
-    """What a run will take on a cluster, from published peaks; then what speaks against it. Each line of the plan comes
-    behind the formulas that it rests on."""
-    with torch.device("meta"):
-        model = GPT(config.model)
-    device, shard, against = ACCELERATORS[gpu], config.shard, []
-    n, active, flops = model.n_params(), model.n_active_params(), model.flops_per_token()
-    yield f"machine    {gpus:,} x {gpu}, {device.flops * mfu / 1e12:,.0f} TFLOP/s each: {mfu:.0%} of the peak, assumed"
-    yield f"model      {n:,} parameters, {active:,} active; {flops:,} FLOP per token"
-
-    tokens = config.steps * config.batch_tokens
-    loss, optimal = predicted_loss(active, tokens), optimal_tokens(active)
-    critical = 2e8 / loss**4.76  # Kaplan et al., 2020
-    yield f"tokens     {tokens:.3g} in {config.steps:,} steps; {optimal:.3g} would take least compute for their loss"
-    yield f"loss       {loss:.2f} by the law for web text: extrapolated above 16B parameters, for experts a guess from"
-    yield "           the active ones, for other text no prediction"
-    if config.batch_tokens > critical:
-        against.append(f"batches above the critical size, about {critical:,.0f} tokens at this loss, buy little")
-    if data_tokens:
-        yield f"data       {data_tokens:,} tokens: {tokens / data_tokens:.2f} epochs"
-        if tokens > 4 * data_tokens:  # Muennighoff et al., 2023
-            against.append("the data runs out: beyond about four epochs, text seen again teaches little")
-
-    compute = compute_seconds(model, config, gpu, gpus, mfu)
-    traffic, waited = traffic_seconds(model, config, gpus, device.link, compute)
-    seconds = compute + waited
-    days = config.steps * seconds / 86400
-    yield f"compute    {flops * tokens:.3g} FLOP, {compute:,.3g} s a step"
-    yield f"network    {traffic:,.3g} s a step on the narrowest link, of which {waited:,.3g} s do not hide"
-    speed = f"{seconds:,.3g} s a step, {config.batch_tokens / seconds:,.0f} tokens/s"
-    yield f"time       {speed}: {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
-    sequences, per_gpu = config.batch_tokens // config.model.seq_len, config.batch_tokens / gpus
-    if gpus > sequences:
-        against.append(f"{gpus:,} GPUs share {sequences:,} sequences a step, so some have none: data parallelism ends")
-    if traffic > compute:
-        enough = f"which takes about {per_gpu * traffic / compute:,.0f}"
-        against.append(f"{per_gpu:,.0f} tokens a GPU and step do not hide the traffic, {enough}")
-    if gpus > sequences or traffic > compute:
-        against.append("larger clusters add tensor, pipeline and expert parallelism, which this program does not have")
-
-    parts = memory_parts(model, config, shard)
-    used, listed = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
-    yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {listed}"
-    if used > device.memory:
-        divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
-        smallest = next((s for s in divisors if sum(memory_parts(model, config, s).values()) <= device.memory), None)
-        too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB on whatever --shard"
-        against.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
-
-    failures, state = FAILURES_PER_GPU_DAY * gpus, parts["optimizer"] * shard + 4 * n
-    between, stall = 86400 / failures, state / COPY_BYTES_PER_SECOND
-    interval = clock(math.sqrt(2 * stall * between))  # Young, 1974
-    lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
-    yield f"failures   {failures:,.2g} a day, assumed; {lost:.1%} of the time lost, at best, with a checkpoint of"
-    yield f"           {state / 1e9:,.1f} GB every {interval} and restarts of {clock(RESTART_SECONDS)}, assumed"
-    if state > 1e12:
-        against.append(f"a checkpoint of {state / 1e12:.1f} TB is gathered on rank 0; others write it in pieces")
-    if lost > 0.1:
-        against.append(f"failures take {lost:.0%} of the time")
-    yield from (f"warning    {reason}" for reason in against)
-
-
-def plan_cluster(given: dict, asked: argparse.Namespace) -> None:
-    """Print the plan of a run on GPUs that are not here, for the data set where it is."""
-    config = build_config(given)
-    meta = {}
-    if Path(config.data, "meta.json").exists():
-        meta, _ = prepare.load_dataset(config.data, verify=False)
-    config.model.vocab_size = config.model.vocab_size or meta.get("vocab_size") or fail("give --vocab_size")
-    if not (asked.gpus > 0 and 0 < asked.mfu <= 1 and asked.gpus % config.shard == 0):
-        fail(f"--gpus {asked.gpus} is not a multiple of --shard {config.shard}, or --mfu {asked.mfu} not in (0, 1]")
-    print(f"plan for {config.preset}")
-    data_tokens = meta["train"]["tokens"] if meta and "data" in given else None
-    for line in plan(config, asked.gpu, asked.gpus, asked.mfu, data_tokens):
-        print(line)
-
-
-def resident_bytes() -> float:
-    """Main memory that this process has used at most so far."""
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def plan_here(trainer: Trainer, n_val: int) -> Iterator[str]:
-    """What a run will take on this machine, from a few measured steps; `n_val` is the number of held-out tokens."""
-    model, config, seconds = trainer.model, trainer.config, []
-    for step in range(4):
-        start = time.perf_counter()
-        trainer.gradients(step)
-        trainer.update(step)
-        if trainer.device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - start)
-    step_seconds = statistics.median(seconds[1:])  # the first one warms up
-    evaluated = min(config.eval_tokens, n_val) * math.ceil(config.steps / config.eval_every)
-    evaluation = evaluated * step_seconds / config.batch_tokens / 3  # forward is a third of a step
-    parts = memory_parts(model, config, config.shard)
-    if trainer.device.type == "cpu":  # the program, and the copy that a checkpoint is written from
-        parts["program"] = max(0.0, resident_bytes() - sum(parts.values()))
-        parts["checkpoint"] = parts["weights"] + parts["optimizer"]
-    tokens = config.steps * config.batch_tokens
-    optimal, total = optimal_tokens(model.n_active_params()), config.steps * step_seconds + evaluation
-    yield f"tokens   {tokens:.3g}; {optimal:.3g} would need the least compute for their loss, by the law for web text"
-    yield f"time     {clock(total)}: {config.steps:,} steps of {step_seconds:.3g} s, {clock(evaluation)} of evaluation"
-    memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
-    yield f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
 def check_disk(out: str) -> None:
     """Stop where another node has a newer checkpoint than rank 0, which reads and writes them."""
     newest = max((record.name for record in Path(out).glob("step-*.json")), default="")
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, newest)
-    if max(everyones) > everyones[0]:
-        stop_all_ranks(f"rank 0 does not see {max(everyones)} in {out}: it must lie on a disk that all nodes share")
+    first, *others = from_all(newest)
+    if missed := [other for other in others if other > first]:
+        stop_all_ranks(f"rank 0 does not see {missed[0]} in {out}: it must lie on a disk that all nodes share")
+
+
+def check_processes(config: TrainConfig) -> None:
+    """End the program where its number of processes can't share the work."""
+    world, n_micro = dist.get_world_size(), config.batch_tokens // (config.micro_batch * config.model.seq_len)
+    if n_micro % world:
+        legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
+        fail(
+            f"{world} processes can't share the {n_micro} micro-batches of {config.batch_tokens} batch_tokens equally:"
+            f" use {legal} of them, or another micro_batch"
+        )
+    if world % config.shard:
+        fail(f"{world} processes can't be divided into groups of --shard {config.shard}")
 
 
 def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None, bool]:
@@ -1077,8 +939,8 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None,
             if name in saved and saved[name] != value:
                 print(f"changed by the command line: {name} from {saved[name]} to {value}")
         given = {**saved, **given}
-    elif given.get("init"):
-        state, _ = load_weights(given["init"])
+    elif given.get("init"):  # its shape, but our way to train
+        state, _ = load_source(given["init"])
         given = {**state["config"]["model"], "dropout": GPTConfig.dropout, **given}
     config = build_config(given)
     if config.out is None:
@@ -1087,20 +949,13 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None,
     run = Path(config.out)
     if not may_exist and any(run.glob("*.json")):
         fail(f"{run} already holds a run: go on with it by --out {run} --resume, or choose another --out")
-    world, n_micro = dist.get_world_size(), config.batch_tokens // (config.micro_batch * config.model.seq_len)
-    if n_micro % world:
-        legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
-        fail(
-            f"{world} processes can't share the {n_micro} micro-batches of {config.batch_tokens} batch_tokens equally:"
-            f" use {legal} of them, or another micro_batch"
-        )
-    if world % config.shard:
-        fail(f"{world} processes can't be divided into groups of --shard {config.shard}")
+    check_processes(config)
     return config, run, state, resume
 
 
 def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
-    """The data set's meta.json, and the windows of its two splits. Prepares the default data set where need be."""
+    """The data set's meta.json, and the windows of its two splits. Prepares the default data set where need be, and
+    gives the model the data's vocabulary where it has none."""
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
     for my_turn in (dist.get_rank() == 0, first_on_node):  # where nodes share no disk, each prepares its own
         if my_turn and config.data == DEFAULT_DATA and not Path(DEFAULT_DATA, "meta.json").exists():
@@ -1167,9 +1022,8 @@ def open_folder(run: Path, config: TrainConfig, step: int, may_exist: bool) -> M
 
 def what_is_wrong(loss: Tensor, grad_norm: Tensor) -> str:
     """With a gradient that is not finite, and on which ranks."""
-    finite = [None] * dist.get_world_size()
-    dist.all_gather_object(finite, loss.isfinite().item())
-    ranks = ", ".join(str(rank) for rank, is_finite in enumerate(finite) if not is_finite) or "none"
+    is_finite = from_all(loss.isfinite().item())
+    ranks = ", ".join(str(rank) for rank in range(len(is_finite)) if not is_finite[rank]) or "none"
     return f"the gradient's norm is {grad_norm}, the loss not finite on rank {ranks}"
 
 
@@ -1205,13 +1059,13 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     trainer = Trainer(model, config, device, train_windows)
     step = 0
     if resume:
-        restore(model, trainer.optimizers, state)
+        restore_optimizers(model, trainer.optimizers, state)
         step = from_rank_0(state and state["step"])
     del state
     ranks = describe_processes(device)
     if plan_only:
         print(f"plan for {config.preset} on this machine: {ranks}, {device}, {config.dtype}")
-        print("\n".join(plan_here(trainer, val_windows.n_tokens)))
+        print("\n".join(local_plan(trainer, val_windows.n_tokens)))
         return
 
     # open
@@ -1325,13 +1179,192 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     print(f"next: python sample.py {run} --interactive")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: what a run will take, before it takes it. Nothing of it is needed to train
+
+# Assumed of clusters. Nodes of eight GPUs with a 400 Gbit/s port each; failures as Meta reported for Llama 3.
+NODE_GPUS, NODE_LINK, HOP_SECONDS = 8, 400e9, 10e-6
+FAILURES_PER_GPU_DAY, RESTART_SECONDS, COPY_BYTES_PER_SECOND = 4.74e-4, 600.0, 20e9
+
+
+def predicted_loss(n_params: float, tokens: float) -> float:
+    """Nats per token of web text (Hoffmann et al., 2022, as Besiroglu et al. corrected the fit in 2404.10102)."""
+    return 1.8172 + 482.01 / n_params**0.3478 + 2085.43 / tokens**0.3658
+
+
+def optimal_tokens(n_params: float) -> float:
+    """Where that loss is least for its compute, 6 x parameters x tokens."""
+    return (0.3658 * 2085.43 / (0.3478 * 482.01) * n_params**0.3478) ** (1 / 0.3658)
+
+
+def product_bytes(config: TrainConfig) -> int:
+    """Of a number in matrix products, hence in activations."""
+    return 4 if config.dtype == "float32" else 2
+
+
+def memory_parts(model: GPT, config: TrainConfig, shard: int) -> dict[str, float]:
+    """Bytes on each device, by part."""
+    n, tokens, size = model.n_params(), config.micro_batch * config.model.seq_len, product_bytes(config)
+    matrices = sum(p.numel() for p in muon_matrices(model, config))
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    # Beside what is trained: sharded, a block's weights whole, and the next one's; else autocast's copies of all.
+    copies = 2 * size * block if shard > 1 else size * n if config.dtype != "float32" else 0
+    return {
+        "weights": 4 * n / shard + copies,
+        "gradients": 4 * n / shard,
+        "optimizer": (4 * matrices + 8 * (n - matrices)) / shard,
+        "activations": size * tokens * model.activations_per_token(),
+        "logits": (8 + size) * tokens * config.model.vocab_size,  # themselves, their softmax, their gradient
+    }
+
+
+def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, link: float, compute: float) -> tuple[float, float]:
+    """Seconds in which what a step sends passes the narrowest link, and how many of them do not hide behind `compute`
+    seconds of work. Sent are weights in the run's dtype, gradients in float32, and Muon's updates one by one."""
+    shard, n_bytes = config.shard, 4 * model.n_params()
+    n_micro = max(1, config.batch_tokens / gpus / (config.micro_batch * config.model.seq_len))
+    muon_bytes = product_bytes(config) * sum(p.numel() for p in muon_matrices(model, config))
+    inside = link if shard <= NODE_GPUS else NODE_LINK
+    across = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
+
+    def ring(payload: float, members: int, width: float) -> float:  # an all-gather or a reduce-scatter
+        return payload * (members - 1) / members / width + (members - 1) * HOP_SECONDS
+
+    gathered = 2 * n_micro * ring(product_bytes(config) * model.n_params(), shard, inside)  # forwards and backwards
+    averaged = n_micro * ring(n_bytes, shard, inside) + 2 * ring(n_bytes / shard, gpus // shard, across)
+    updates = ring(muon_bytes, shard, inside) + (gpus > 1) * muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK)
+    last_backward = compute * 2 / 3 / n_micro  # when DDP averages, in buckets of 25 MiB, of which one comes too late
+    hides = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / n_bytes)
+    return gathered + averaged + updates, max(0.0, gathered + averaged - hides) + updates
+
+
+def compute_seconds(model: GPT, config: TrainConfig, gpu: str, gpus: int, mfu: float) -> float:
+    """Seconds of a step at a share `mfu` of the published peak."""
+    return model.flops_per_token() * config.batch_tokens / (gpus * ACCELERATORS[gpu].flops * mfu)
+
+
+def cluster_plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_tokens: int | None) -> Iterator[str]:
+    """What a run will take on a cluster, from published peaks; then what speaks against it. Each line of the plan comes
+    behind the formulas that it rests on."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    device, shard, against = ACCELERATORS[gpu], config.shard, []
+    n, active, flops = model.n_params(), model.n_active_params(), model.flops_per_token()
+    yield f"machine    {gpus:,} x {gpu}, {device.flops * mfu / 1e12:,.0f} TFLOP/s each: {mfu:.0%} of the peak, assumed"
+    yield f"model      {n:,} parameters, {active:,} active; {flops:,} FLOP per token"
+
+    tokens = config.steps * config.batch_tokens
+    loss, optimal = predicted_loss(active, tokens), optimal_tokens(active)
+    critical = 2e8 / loss**4.76  # Kaplan et al., 2020
+    yield f"tokens     {tokens:.3g} in {config.steps:,} steps; {optimal:.3g} would take least compute for their loss"
+    yield f"loss       {loss:.2f} by the law for web text: extrapolated above 16B parameters, for experts a guess from"
+    yield "           the active ones, for other text no prediction"
+    if config.batch_tokens > critical:
+        against.append(f"batches above the critical size, about {critical:,.0f} tokens at this loss, buy little")
+    if data_tokens:
+        yield f"data       {data_tokens:,} tokens: {tokens / data_tokens:.2f} epochs"
+        if tokens > 4 * data_tokens:  # Muennighoff et al., 2023
+            against.append("the data runs out: beyond about four epochs, text seen again teaches little")
+
+    compute = compute_seconds(model, config, gpu, gpus, mfu)
+    traffic, waited = traffic_seconds(model, config, gpus, device.link, compute)
+    seconds = compute + waited
+    days = config.steps * seconds / 86400
+    yield f"compute    {flops * tokens:.3g} FLOP, {compute:,.3g} s a step"
+    yield f"network    {traffic:,.3g} s a step on the narrowest link, of which {waited:,.3g} s do not hide"
+    speed = f"{seconds:,.3g} s a step, {config.batch_tokens / seconds:,.0f} tokens/s"
+    yield f"time       {speed}: {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
+    sequences, per_gpu = config.batch_tokens // config.model.seq_len, config.batch_tokens / gpus
+    if gpus > sequences:
+        against.append(f"{gpus:,} GPUs share {sequences:,} sequences a step, so some have none: data parallelism ends")
+    if traffic > compute:
+        enough = f"which takes about {per_gpu * traffic / compute:,.0f}"
+        against.append(f"{per_gpu:,.0f} tokens a GPU and step do not hide the traffic, {enough}")
+    if gpus > sequences or traffic > compute:
+        against.append("larger clusters add tensor, pipeline and expert parallelism, which this program does not have")
+
+    parts = memory_parts(model, config, shard)
+    used, listed = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
+    yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {listed}"
+    if used > device.memory:
+        divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
+        smallest = next((s for s in divisors if sum(memory_parts(model, config, s).values()) <= device.memory), None)
+        too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB on whatever --shard"
+        against.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
+
+    failures, state = FAILURES_PER_GPU_DAY * gpus, parts["optimizer"] * shard + 4 * n
+    between, stall = 86400 / failures, state / COPY_BYTES_PER_SECOND
+    interval = clock(math.sqrt(2 * stall * between))  # Young, 1974
+    lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
+    yield f"failures   {failures:,.2g} a day, assumed; {lost:.1%} of the time lost, at best, with a checkpoint of"
+    yield f"           {state / 1e9:,.1f} GB every {interval} and restarts of {clock(RESTART_SECONDS)}, assumed"
+    if state > 1e12:
+        against.append(f"a checkpoint of {state / 1e12:.1f} TB is gathered on rank 0; others write it in pieces")
+    if lost > 0.1:
+        against.append(f"failures take {lost:.0%} of the time")
+    yield from (f"warning    {reason}" for reason in against)
+
+
+def print_cluster_plan(given: dict, asked: argparse.Namespace) -> None:
+    """Print the plan of a run on GPUs that are not here, for the data set where it is."""
+    config = build_config(given)
+    if asked.gpus < 1 or asked.gpus % config.shard:
+        fail(f"--gpus {asked.gpus} is not a multiple of --shard {config.shard}")
+    if not 0 < asked.mfu <= 1:
+        fail(f"--mfu {asked.mfu} is not in (0, 1]")
+    meta = {}
+    if Path(config.data, "meta.json").exists():
+        meta, _ = prepare.load_dataset(config.data, verify=False)
+    config.model.vocab_size = config.model.vocab_size or meta.get("vocab_size")
+    if config.model.vocab_size is None:
+        fail(f"{config.preset} has the vocabulary of its data set, which is not in {config.data}: give --vocab_size")
+    print(f"plan for {config.preset}")
+    data_tokens = meta["train"]["tokens"] if meta and "data" in given else None
+    print("\n".join(cluster_plan(config, asked.gpu, asked.gpus, asked.mfu, data_tokens)))
+
+
+def resident_bytes() -> float:
+    """Main memory that this process has used at most so far."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def local_plan(trainer: Trainer, n_val: int) -> Iterator[str]:
+    """What a run will take on this machine, from a few measured steps; `n_val` is the number of held-out tokens."""
+    model, config, seconds = trainer.model, trainer.config, []
+    for step in range(4):
+        start = time.perf_counter()
+        trainer.gradients(step)
+        trainer.update(step)
+        if trainer.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - start)
+    step_seconds = statistics.median(seconds[1:])  # the first one warms up
+    evaluated = min(config.eval_tokens, n_val) * math.ceil(config.steps / config.eval_every)
+    evaluation = evaluated * step_seconds / config.batch_tokens / 3  # forward is a third of a step
+    parts = memory_parts(model, config, config.shard)
+    if trainer.device.type == "cpu":  # the program, and the copy that a checkpoint is written from
+        parts["program"] = max(0.0, resident_bytes() - sum(parts.values()))
+        parts["checkpoint"] = parts["weights"] + parts["optimizer"]
+    tokens = config.steps * config.batch_tokens
+    optimal, total = optimal_tokens(model.n_active_params()), config.steps * step_seconds + evaluation
+    yield f"tokens   {tokens:.3g}; {optimal:.3g} would need the least compute for their loss, by the law for web text"
+    yield f"time     {clock(total)}: {config.steps:,} steps of {step_seconds:.3g} s, {clock(evaluation)} of evaluation"
+    memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
+    yield f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}"
+
+
 def main() -> None:
     given, resume, asked = parse_command_line()
     if asked.gpus is not None:
-        return plan_cluster(given, asked)
+        return print_cluster_plan(given, asked)
     store = start_processes(given.get("timeout", TrainConfig.timeout))
     rank, world = dist.get_rank(), dist.get_world_size()
-    status, failure = 0, None
+    status, trace = 0, None
     try:
         train(given, resume, asked.plan)
         dist.barrier()  # no rank hangs up while another has something to say
@@ -1340,16 +1373,16 @@ def main() -> None:
     except Exception as error:
         if world == 1:
             raise
-        failure = traceback.format_exc(), str(error).split(". ")[0]
-    # Only now has the traceback gone that held the model, and with it the connections that are closed here.
+        trace, reason = traceback.format_exc(), str(error).split(". ")[0]
+    # Not in the except: there the traceback still holds the model, which holds the connections that are closed here.
     dist.destroy_process_group()
-    if failure:
+    if trace:
         status, silent = 1, roll_call(store, rank, world)
         if silent:
             names = ", ".join(map(str, silent))
-            print(f"train.py: error: rank {names} of {world} does not answer ({failure[1]})", file=sys.stderr)
+            print(f"train.py: error: rank {names} of {world} does not answer ({reason})", file=sys.stderr)
         else:
-            print(failure[0], file=sys.stderr)
+            print(trace, file=sys.stderr)
     if status:
         sys.exit(status)
 
