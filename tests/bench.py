@@ -166,7 +166,7 @@ def quick(nano) -> tuple[str, str, str]:
 
 def shakespeare(nano) -> tuple[str, str, str]:
     """Shakespeare to a held-out loss of 1.4697, whole process"""
-    return "1.4697 after 3 minutes on an A100, says its README", to_loss("shakespeare")[1], "to reach: 600 s"
+    return "1.4697 after 3 minutes on an A100, says its README", to_loss("shakespeare")[1], "target: 600 s"
 
 
 def throughput(nano) -> tuple[str, str, str]:
@@ -221,7 +221,7 @@ def sampling(nano) -> tuple[str, str, str]:
             pass
         rates[streams] = 255 / (time.perf_counter() - start)
     told = f"{rates[1]:.1f} tokens/s, 8 streams {8 * rates[8]:.1f}"
-    share = f"{rates[1] / limit:.0%} of reading the weights once a token"
+    share = f"{rates[1] / limit:.0%} of the speed of reading its weights"
     if not nano:
         return "", told, share
     theirs = float(nano.python(NANO_SAMPLES))
@@ -283,7 +283,7 @@ def bpe(nano) -> tuple[str, str, str]:
         others.append(f"tokenizers {time.perf_counter() - start:.1f} s")
     except ImportError:
         others.append("tokenizers is not installed")
-    return ", ".join(others), f"{seconds:.1f} s", "to reach: 20 s"
+    return ", ".join(others), f"{seconds:.1f} s", "target: 20 s"
 
 
 def start(nano) -> tuple[str, str, str]:
@@ -296,7 +296,7 @@ def start(nano) -> tuple[str, str, str]:
         parts["the run begins"].append(next(seconds for seconds, line in lines if line.startswith("compile")))
         parts["step 1 made"].append(next(seconds for seconds, line in lines if re.match(r"step +1/", line)))
     times = ", ".join(f"{what} {statistics.median(seconds):.1f}" for what, seconds in parts.items())
-    return "", f"seconds: {times}", "to reach: 4 s"
+    return "", f"seconds: {times}", "target: 4 s"
 
 
 def plan(nano) -> tuple[str, str, str]:
@@ -376,7 +376,7 @@ def saves(nano) -> tuple[str, str, str]:
     stalls = [row["save_stall"] for row in rows if "save_stall" in row]
     seconds = max(row["seconds"] for row in rows if "seconds" in row)
     told = f"{sum(stalls) / seconds:.2%}, {1000 * statistics.mean(stalls):.0f} ms each"
-    return "", told, f"saving every {seconds / len(stalls):.0f} s; to reach: 1%"
+    return "", told, f"saving every {seconds / len(stalls):.0f} s; target: 1%"
 
 
 ROWS = {
@@ -436,7 +436,7 @@ def main() -> None:
         nano = NanoGPT(args.nanogpt.resolve(), Path(folder)) if args.nanogpt else None
         if args.plot:
             return plot(args.plot, nano)
-        print("| | nanoGPT, or others | nanofactory | |\n|---|---|---|---|")
+        print("| work | nanoGPT, or others | nanofactory | ratio, limit or target |\n|---|---|---|---|")
         fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
         with ProcessPoolExecutor(1, **fresh) as pool:  # so that no row's memory counts for the next
             for name in args.only:

@@ -1,5 +1,6 @@
 """model.py: the arithmetic of a GPT, each claim against something computed in another way."""
 
+import dataclasses
 import json
 import math
 from itertools import islice
@@ -36,6 +37,14 @@ def make(kind: str) -> GPT:
 
 def random_tokens(*shape: int) -> torch.Tensor:
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_each_switch_is_set_in_some_kind():
+    """So that a new one can't be forgotten in what follows. Sizes and what only training knows are left out."""
+    configs = [GPTConfig(**settings) for settings in KINDS.values()]
+    names = {f.name for f in dataclasses.fields(GPTConfig) if not f.name.startswith("n_")}
+    for name in names - {*models.ONLY_IN_TRAINING}:
+        assert any(getattr(config, name) != getattr(GPTConfig, name) for config in configs), name
 
 
 @every_kind

@@ -116,6 +116,16 @@ def test_ranks_that_were_started_differently_are_named(data, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_nodes_that_do_not_share_the_folder_of_a_run_are_told(data, tmp_path):
+    """Else a new rank 0, on a node without checkpoints, would begin anew."""
+    (tmp_path / "node0").mkdir()
+    (tmp_path / "node1" / "r").mkdir(parents=True)
+    (tmp_path / "node1" / "r" / "step-00000005.json").touch()
+    script = f"cd node$RANK && {sys.executable} {ROOT / 'train.py'} {' '.join(SMALL)} --data {data} --out r --resume"
+    printed = finish(start(tmp_path, "-c", script, script="bash", launcher=["--no-python"]), status=1)
+    assert "rank 0 does not see step-00000005.json in r: it must lie on a disk that all nodes share" in printed
+
+
 NAN_ON_RANK_1 = """
     import sys, os
     sys.path[:0] = [{root!r}]

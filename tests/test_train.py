@@ -1,5 +1,6 @@
 """train.py: batches, schedule, evaluation, checkpoints, and the command line."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -294,6 +295,30 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_is_w
     assert "cannot save in" in told and "make room and --resume" in told
     assert train.load_checkpoint(run)[0]["step"] == 20
     assert not list(run.glob("*.partial"))
+
+
+def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monkeypatch, capsys):
+    save_checkpoint, steps = train.save_checkpoint, []
+
+    def once_without_room(run, step, state, keep):
+        steps.append(step)
+        if step == 5:
+            raise OSError("no room")
+        save_checkpoint(run, step, state, keep)
+
+    monkeypatch.setattr(train, "save_checkpoint", once_without_room)
+    call(train, *TINY, "--data", data, "--out", "r", "--steps", 15, "--save_every", 5)
+    assert "cannot save in r (no room); trying again" in capsys.readouterr().out
+    assert steps == [5, 10, 15] and [state_of(tmp_path / "r", step)["step"] for step in (10, 15)] == [10, 15]
+
+
+def test_metrics_that_cannot_be_written_do_not_stop_a_run(tmp_path, capsys):
+    metrics = train.Metrics(tmp_path, 0)
+    metrics.file = open("/dev/full", "w")  # noqa: SIM115
+    metrics.write(step=7, loss=1.0)
+    assert "the metrics of step 7 are lost: [Errno 28]" in capsys.readouterr().err
+    with contextlib.suppress(OSError):
+        metrics.file.close()
 
 
 def test_a_second_signal_during_the_save_does_not_break_it(call, data, tmp_path, monkeypatch):
