@@ -8,8 +8,9 @@
     python train.py --init downloads/gpt2 --data data/mine      begin with published weights, or with another run's
 
 A run is a folder: config.json, metrics.jsonl, checkpoints, and TensorBoard's event files where that is installed.
-Ctrl-C ends a run at the end of its step, saved. The step number is the only state: the batch and the dropout of a step
-follow from the seed and the step, so a resumed run goes on bit for bit as if it had never stopped.
+Ctrl-C ends a run at the end of its step, saved. Beside weights and optimizer, the step number is the only state: the
+batch and the dropout of a step follow from the seed and the step, so a resumed run goes on bit for bit as if it had
+never stopped. The loop is in train(); what it uses stands above it, in the order in which it is used.
 
 Many processes, on CPUs or GPUs, train the same model on the same batches; any number of them can resume any run:
 
@@ -282,6 +283,11 @@ def summed(*numbers: float) -> list[float]:
     return totals.tolist()
 
 
+def anywhere(holds: bool) -> bool:
+    """Whether something holds on any rank."""
+    return summed(holds) != [0]
+
+
 def agree(what: str, mine: dict) -> None:
     """Stop unless `mine` is the same on every rank."""
     first, *others = from_all(mine)
@@ -318,7 +324,7 @@ class StopRequest:
     def made(self) -> bool:
         """The same answer on every rank."""
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
-        return any(summed(self.signalled or orphaned))
+        return anywhere(self.signalled or orphaned)
 
 
 def describe_processes(device: torch.device) -> str:
@@ -773,7 +779,7 @@ class Saver:
     def finish(self) -> str | None:
         """Wait on all ranks until all is on disk, or return what went wrong. They ask each other again and again, so
         that none takes a long save for a rank that has died."""
-        while any(summed(sum(not task.done() for task in self.writing))):
+        while anywhere(any(not task.done() for task in self.writing)):
             time.sleep(0.1)
         errors = [str(task.exception()) for task in self.writing if task.exception()]
         self.writing.clear()
@@ -1090,7 +1096,7 @@ def train(given: dict, resume: bool, plan_only: bool = False) -> None:
     best_loss = from_rank_0(read_best(run).get("val_loss", math.inf))
 
     def save() -> None:
-        """Copy the state off the device, for the saver to write while training goes on."""
+        """Copy the state after `step` steps off the device, for the saver to write while training goes on."""
         start = time.monotonic()
         if trouble := saver.finish():
             console.line(f"{trouble}; trying again")
