@@ -201,7 +201,7 @@ def parse_command_line() -> tuple[dict, bool, argparse.Namespace]:
         description=__doc__,
         epilog=f"presets: {', '.join(PRESETS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS,  # what is not given leaves no trace
         allow_abbrev=False,
     )
     parser.add_argument(
