@@ -974,7 +974,7 @@ def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
         if windows.n_windows < 1:
             fail(
                 f"the {split} split of {config.data} has {windows.n_tokens} tokens, fewer than a window of"
-                f" {config.model.seq_len} and its target: use more text, or a smaller --seq_len"
+                f" {config.model.seq_len} and its target: use a smaller --seq_len, more text, or another --val_fraction"
             )
     if config.model.vocab_size is None:
         config.model.vocab_size = meta["vocab_size"]
