@@ -753,14 +753,15 @@ def main() -> None:
     if args.export:
         return export(*args.export)
     print(f"{'preset':17}{'parameters':>17}{'active':>17}{'FLOP/token':>20}{'cache bytes/token':>19}")
+    assumed = {"vocab_size": 4096}
     for name, preset in PRESETS.items():
-        config = GPTConfig(**{"vocab_size": 4096, **preset})
+        config = GPTConfig(**{**assumed, **preset})
         with torch.device("meta"):
             model, cache = GPT(config), KVCache(config, 1, "meta", torch.bfloat16)
         cache_bytes = (cache.keys.nbytes + cache.values.nbytes) // config.seq_len
         counts = f"{model.n_params():17,}{model.n_active_params():17,}{model.flops_per_token():20,}{cache_bytes:19,}"
         print(f"{name:17}{counts}")
-    print("A preset without a vocabulary of its own, which takes its data set's, is counted with 4,096 tokens.")
+    print(f"Presets that take the vocabulary of their data set are counted with {assumed['vocab_size']:,} tokens.")
 
 
 if __name__ == "__main__":

@@ -425,6 +425,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+@cache
 def peak_of(device: torch.device, dtype: str) -> float | None:
     """FLOP/s that matrix products could reach: published for a GPU in bfloat16, None for other accelerators; on a CPU
     the best that a product of two 1024 x 1024 matrices gets in a few."""
@@ -691,7 +692,7 @@ def evaluate(model: GPT, windows: Windows, config: TrainConfig, device: torch.de
 
 
 def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
-    """Weights and optimizer state by name, whole, copied to the CPU on rank 0."""
+    """Weights and optimizer state by name, whole, copied to the CPU on rank 0. All ranks must come here."""
     copies = {"model": {}, "optimizer": {}}
     if isinstance(model, FSDPModule):
         model.reshard()  # an evaluation leaves the root's parameters whole
@@ -929,7 +930,10 @@ def check_processes(config: TrainConfig) -> None:
 def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None, bool]:
     """The config, the run's folder, the state to begin with (None for a new model), and whether it goes on with a run:
     where there is no checkpoint yet, even --resume begins anew."""
-    state, may_exist = None, resume
+    state = None
+    if not resume and given.get("out") and any(Path(given["out"]).glob("*.json")):
+        out = given["out"]
+        fail(f"{out} already holds a run: go on with it by --out {out} --resume, or choose another --out")
     if resume and given.get("out") and not any(Path(given["out"]).glob("step-*.json")):
         print(f"there is no checkpoint in {given['out']} yet: a new run begins")
         resume = False
@@ -952,11 +956,8 @@ def open_run(given: dict, resume: bool) -> tuple[TrainConfig, Path, dict | None,
     if config.out is None:
         numbered = (f"runs/{config.preset}-{n}" for n in range(1, 10**6))
         config.out = next(name for name in numbered if not Path(name).exists())
-    run = Path(config.out)
-    if not may_exist and any(run.glob("*.json")):
-        fail(f"{run} already holds a run: go on with it by --out {run} --resume, or choose another --out")
     check_processes(config)
-    return config, run, state, resume
+    return config, Path(config.out), state, resume
 
 
 def load_data(config: TrainConfig) -> tuple[dict, Windows, Windows]:
@@ -1027,9 +1028,9 @@ def open_folder(run: Path, config: TrainConfig, step: int, may_exist: bool) -> M
 
 
 def what_is_wrong(loss: Tensor, grad_norm: Tensor) -> str:
-    """With a gradient that is not finite, and on which ranks."""
-    is_finite = from_all(loss.isfinite().item())
-    ranks = ", ".join(str(rank) for rank in range(len(is_finite)) if not is_finite[rank]) or "none"
+    """With a gradient that is not finite, and on which ranks. All ranks must come here."""
+    finite = enumerate(from_all(loss.isfinite().item()))
+    ranks = ", ".join(str(rank) for rank, is_finite in finite if not is_finite) or "none"
     return f"the gradient's norm is {grad_norm}, the loss not finite on rank {ranks}"
 
 
@@ -1224,23 +1225,28 @@ def memory_parts(model: GPT, config: TrainConfig, shard: int) -> dict[str, float
     }
 
 
+def checkpoint_bytes(model: GPT, config: TrainConfig) -> float:
+    """All weights and all of the optimizer's state, however they are laid out over devices."""
+    return 4 * model.n_params() + memory_parts(model, config, shard=1)["optimizer"]
+
+
 def traffic_seconds(model: GPT, config: TrainConfig, gpus: int, link: float, compute: float) -> tuple[float, float]:
     """Seconds in which what a step sends passes the narrowest link, and how many of them do not hide behind `compute`
     seconds of work. Sent are weights in the run's dtype, gradients in float32, and Muon's updates one by one."""
-    shard, n_bytes = config.shard, 4 * model.n_params()
+    shard, n, size = config.shard, model.n_params(), product_bytes(config)
     n_micro = max(1, config.batch_tokens / gpus / (config.micro_batch * config.model.seq_len))
-    muon_bytes = product_bytes(config) * sum(p.numel() for p in muon_matrices(model, config))
+    muon_bytes = size * sum(p.numel() for p in muon_matrices(model, config))
     inside = link if shard <= NODE_GPUS else NODE_LINK
     across = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
 
     def ring(payload: float, members: int, width: float) -> float:  # an all-gather or a reduce-scatter
         return payload * (members - 1) / members / width + (members - 1) * HOP_SECONDS
 
-    gathered = 2 * n_micro * ring(product_bytes(config) * model.n_params(), shard, inside)  # forwards and backwards
-    averaged = n_micro * ring(n_bytes, shard, inside) + 2 * ring(n_bytes / shard, gpus // shard, across)
+    gathered = 2 * n_micro * ring(size * n, shard, inside)  # forwards and backwards
+    averaged = n_micro * ring(4 * n, shard, inside) + 2 * ring(4 * n / shard, gpus // shard, across)
     updates = ring(muon_bytes, shard, inside) + (gpus > 1) * muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK)
     last_backward = compute * 2 / 3 / n_micro  # when DDP averages, in buckets of 25 MiB, of which one comes too late
-    hides = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / n_bytes)
+    hides = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / (4 * n))
     return gathered + averaged + updates, max(0.0, gathered + averaged - hides) + updates
 
 
@@ -1298,7 +1304,7 @@ def cluster_plan(config: TrainConfig, gpu: str, gpus: int, mfu: float, data_toke
         too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB on whatever --shard"
         against.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
 
-    failures, state = FAILURES_PER_GPU_DAY * gpus, parts["optimizer"] * shard + 4 * n
+    failures, state = FAILURES_PER_GPU_DAY * gpus, checkpoint_bytes(model, config)
     between, stall = 86400 / failures, state / COPY_BYTES_PER_SECOND
     interval = clock(math.sqrt(2 * stall * between))  # Young, 1974
     lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
@@ -1355,7 +1361,7 @@ def local_plan(trainer: Trainer, n_val: int) -> Iterator[str]:
     parts = memory_parts(model, config, config.shard)
     if trainer.device.type == "cpu":  # the program, and the copy that a checkpoint is written from
         parts["program"] = max(0.0, resident_bytes() - sum(parts.values()))
-        parts["checkpoint"] = parts["weights"] + parts["optimizer"]
+        parts["checkpoint"] = checkpoint_bytes(model, config)
     tokens = config.steps * config.batch_tokens
     optimal, total = optimal_tokens(model.n_active_params()), config.steps * step_seconds + evaluation
     yield f"tokens   {tokens:.3g}; {optimal:.3g} would need the least compute for their loss, by the law for web text"

@@ -154,3 +154,12 @@ def test_seconds_planned_for_this_machine_are_about_those_taken(call, capsys, da
     call(train, *flags, "--out", "r")
     taken = 4096 / statistics.median(rows(tmp_path / "r", "tokens_per_second").values())
     assert 1 / 4 < planned / taken < 4
+
+
+@pytest.mark.parametrize("how", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "shard": 4}])
+def test_a_checkpoint_has_the_bytes_that_are_planned_however_it_is_trained(run, how):
+    state, _ = train.load_checkpoint(run)
+    tensors = [*state["model"].values(), *state["optimizer"].values()]
+    written = sum(tensor.nbytes for tensor in tensors if tensor.ndim)  # AdamW also counts its steps
+    config = train.build_config(train.flatten(state["config"]) | how)
+    assert train.checkpoint_bytes(GPT(config.model), config) == written

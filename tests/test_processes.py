@@ -60,10 +60,11 @@ def assert_close(one: Path, other: Path, step: int, tolerance: float) -> None:
     assert len(rows(one, "loss")) == step
 
 
-def test_a_run_that_moves_between_one_process_ddp_and_fsdp_goes_on_as_if_it_had_stayed(call, data, tmp_path):
-    """With experts, dropout and a tied head, with Muon for the matrices and AdamW for the rest."""
-    flags = [*SMALL, "--data", data, "--steps", 12, "--lr", 1e-3, "--batch_tokens", 256]
-    flags += ["--n_expert", 4, "--n_inner", 32, "--tied"]
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_that_moves_between_one_process_ddp_and_fsdp_goes_on_as_if_it_had_stayed(call, data, tmp_path, optimizer):
+    """With experts, dropout and a tied head."""
+    flags = [*SMALL, "--data", data, "--optimizer", optimizer, "--steps", 12, "--lr", 1e-3]
+    flags += ["--batch_tokens", 256, "--n_expert", 4, "--n_inner", 32, "--tied"]
     call(train, *flags, "--out", "stayed")
     call(train, *flags, "--out", "moved", "--stop_at", 3)
     finish(start(tmp_path, "--out", "moved", "--resume", "--stop_at", 6))
