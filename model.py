@@ -1,80 +1,93 @@
-"""A GPT, from the one of 2019 to the ones of today: one model, with a switch for each thing that changed.
+"""A GPT, from GPT-2 to the models of today: one implementation, with a switch for each thing that changed.
 
-                   GPT-2 (2019)                  today (Qwen3, 2025)                                   bought
-    norm           LayerNorm                     RMSNorm: no mean, no bias                               -0.07
-    positions      learned, added once           rotary: queries and keys turn as position grows          0.51
-    attention      every head has its own k, v   queries and keys are normalised                          0.05
-                                                 several query heads share a k, v: a smaller cache
-    MLP            GELU, 4 C wide                SwiGLU: a gate, 8/3 C wide, for as many parameters      -0.20
-                                                 in large models many of them, of which a token visits few
-    head           the embedding, transposed     a matrix of its own                                     -0.42
-    optimizer      AdamW                         Muon for matrices (in train.py)                          1.11
-    biases         everywhere                    nowhere
+                   GPT-2 (2019)                  today (Qwen3, 2025)                               gain in loss
+    norm           LayerNorm                     RMSNorm: no mean, no bias                            -0.07
+    positions      learned, added to the input   rotary: queries and keys are rotated                  0.51
+    attention      a key and value per head      normalised queries and keys                           0.05
+                                                 several query heads share a key and value
+    MLP            GELU, 4 C wide                SwiGLU: gated, 8/3 C wide, as many parameters        -0.20
+                                                 in large models a mixture of experts
+    head           the embedding, transposed     a matrix of its own                                  -0.42
+    optimizer      AdamW                         Muon for matrices (in train.py)                       1.11
+    biases         everywhere                    none
     dropout        0.1                           none
 
-What a change bought is by how much it lowered the loss on held-out text, in nats per token, of a model that had read
-1.1 million tokens (tests/ablation.py). So early only positions, head and Muon stand far out from the spread of seeds.
-Today's column is what GPTConfig gives, except that there each head has its own k, v.
+The last column is the drop in validation loss, in nats per token, when the change is added to a small model trained on
+1.1 million tokens (tests/ablation.py). In runs this short only positions, the head and Muon stand out from the noise
+between seeds. The defaults of GPTConfig are today's column, except that each query head has its own key and value.
 
-Shapes are written in one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels of a head,
-S longest sequence, E experts, V vocabulary. A switch is resolved when the model is built, so that each forward reads
-like its equation; what a switch that is off leaves in its place is called `unchanged`.
+Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, S maximum
+sequence length, E experts, V vocabulary. Switches are resolved when the model is built, so that each forward reads like
+its equation. A switch that is off leaves the function `unchanged` in its place.
 
-    python model.py                             what each preset costs
-    python model.py --export DIR runs/toy-1     a run's model for transformers, and for all that reads its format
+    python model.py        list the presets with their parameters, FLOPs and cache sizes
 """
 
 import argparse
 import json
 import math
-import re
-from collections import defaultdict
+import sys
+import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prepare import fail, sha256_of
+
+HUGE = 1e15  # stands for "no upper limit" in the table of legal ranges
+
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. What is left None is derived from the rest. Raises ValueError where sizes do not fit. Each
-    field is a flag of train.py, and the comment behind it the flag's help. The default of a new one must be what older
-    checkpoints, which do not name it, computed."""
+    """The shape of a model. Sizes left at None are derived from the others. Each field is also a flag of train.py, and
+    the comment behind it is the flag's help text. A new field must default to what older checkpoints, which lack it,
+    computed. Raises ValueError for illegal values and for sizes that do not fit together."""
 
     vocab_size: int | None = None  # number of token ids (default: the data set's)
-    seq_len: int = 128  # longest sequence, in tokens
+    seq_len: int = 128  # maximum sequence length in tokens
     n_layer: int = 2  # number of blocks
     n_head: int = 4  # query heads
-    n_kv_head: int | None = None  # key/value heads, each shared by n_head / n_kv_head queries (default: n_head)
+    n_kv_head: int | None = None  # key/value heads, each shared by n_head / n_kv_head query heads (default: n_head)
     n_embd: int = 128  # channels
-    head_dim: int | None = None  # channels of a head (default: n_embd / n_head)
+    head_dim: int | None = None  # channels per head (default: n_embd / n_head)
     n_inner: int | None = None  # channels inside the MLP (default: 4 n_embd; gated 8/3 n_embd, in multiples of 64)
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     norm_eps: float = 1e-6  # added to the variance in norms
     position: Literal["rope", "learned"] = "rope"  # rotary or learned positions
-    rope_base: float = 10_000.0  # rotary wavelengths run from 2 pi to about 2 pi times this, in tokens
-    qk_norm: bool = True  # RMSNorm of each head's queries and keys
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # in the MLP
+    rope_base: float = 10_000.0  # rotary wavelengths range from 2 pi to about 2 pi times this, in tokens
+    qk_norm: bool = True  # normalise the queries and keys of each head
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # activation function of the MLP
     gated: bool = True  # multiply the MLP's activation by a second projection
     bias: bool = False  # biases in linear layers and LayerNorms
-    n_expert: int | None = None  # MLPs side by side in each block, experts (default: one MLP that serves every token)
-    n_expert_active: int = 2  # experts that a token visits
-    renormalise: bool = True  # scale the gates of the visited experts to sum to one
-    balance_loss: float = 0.01  # weight of the loss that spreads tokens over experts
+    n_expert: int | None = None  # experts, MLPs side by side in each block (default: a single MLP)
+    n_expert_active: int = 2  # experts per token
+    renormalise: bool = True  # scale the gates of a token's experts to sum to one
+    balance_loss: float = 0.01  # weight of the loss that balances the load of the experts
     router_z_loss: float = 0.001  # weight of the loss that keeps the router's logits small
-    post_norm: bool = False  # a second norm, behind attention and MLP
-    attention_cap: float | None = None  # squash attention scores into (-cap, cap) by cap tanh(score / cap)
+    post_norm: bool = False  # a second norm after attention and after the MLP
+    attention_cap: float | None = None  # limit attention scores to (-cap, cap) by cap tanh(score / cap)
     embedding_scale: float = 1.0  # multiplies token embeddings
     logit_scale: float = 1.0  # multiplies logits
-    tied: bool = False  # the output matrix is the token embedding
-    dropout: float = 0.0  # share of activations zeroed in training
+    tied: bool = False  # use the token embedding as the output matrix
+    dropout: float = 0.0  # fraction of activations set to zero in training
+
+    RANGES = {  # noqa: RUF012 - smallest and largest legal value of each number
+        **dict.fromkeys(("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head"), (1, HUGE)),
+        **dict.fromkeys(("n_embd", "head_dim", "n_inner", "n_expert", "n_expert_active"), (1, HUGE)),
+        **dict.fromkeys(("balance_loss", "router_z_loss"), (0, HUGE)),
+        **dict.fromkeys(("norm_eps", "rope_base", "attention_cap", "embedding_scale", "logit_scale"), (1e-30, HUGE)),
+        "dropout": (0, 0.99),
+    }
 
     def __post_init__(self):
+        self.check_each_field()
+        self.derived = [name for name in ("head_dim", "n_kv_head", "n_inner") if getattr(self, name) is None]
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
@@ -83,31 +96,48 @@ class GPTConfig:
             self.n_kv_head = self.n_head
         if self.n_inner is None:
             self.n_inner = math.ceil(8 * self.n_embd / 3 / 64) * 64 if self.gated else 4 * self.n_embd
-        for name in ("norm", "position", "activation"):
-            if getattr(self, name) not in (legal := get_args(self.__annotations__[name])):
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(legal)}")
-        for name in ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of channels, but head_dim {self.head_dim} is odd")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if self.n_expert is not None and not 1 <= self.n_expert_active <= self.n_expert:
-            raise ValueError(f"n_expert_active {self.n_expert_active} is not between 1 and n_expert {self.n_expert}")
+            raise ValueError(f"rotary positions rotate pairs of channels, but head_dim {self.head_dim} is odd")
+        if self.n_expert is not None and self.n_expert_active > self.n_expert:
+            raise ValueError(f"n_expert_active {self.n_expert_active} is larger than n_expert {self.n_expert}")
+
+    def check_each_field(self) -> None:
+        """Raise ValueError unless each value has its field's type and lies in its range, whether it comes from a flag,
+        a JSON file or a checkpoint."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value, legal = getattr(self, name), typing.get_args(hint) or (hint,)
+            if typing.get_origin(hint) is Literal:
+                if value not in legal:
+                    raise ValueError(f"{name} {value!r} is none of {', '.join(legal)}")
+            elif type(value) not in legal and not (type(value) is int and float in legal):
+                raise ValueError(f"{name} {value!r} is not of type {' or '.join(kind.__name__ for kind in legal)}")
+            elif name in self.RANGES and value is not None:
+                least, most = self.RANGES[name]
+                if not least <= value <= most:
+                    upper = f" and at most {most}" if most < HUGE else ""
+                    raise ValueError(f"{name} {value} is out of range: it must be at least {least:g}{upper}")
+
+    def chosen(self) -> dict:
+        """All settings as a flat dict. Derived ones are None, so that a changed n_embd derives them again."""
+        return {**asdict(self), **dict.fromkeys(self.derived)}
+
+
+def model_settings(settings: dict) -> dict:
+    """The settings of GPTConfig in a flat dict that may also hold those of training, such as a checkpoint's."""
+    return {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
 
 
 def unchanged(x, *_):
-    """What a switch that is off puts in place of the thing it would switch on."""
+    """What a switch that is off leaves in place of the function it would switch on."""
     return x
 
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps), scaled (Zhang & Sennrich, 2019)."""
 
-    def forward(self, x: Tensor) -> Tensor:  # in one dtype, since torch has no fused code for two
+    def forward(self, x: Tensor) -> Tensor:  # weight and x in one dtype, for which torch has a fused kernel
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -118,8 +148,8 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
 
 
 def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, D] of the angles by which positions [T] turn the channels of a head (RoPE, Su et al., 2021):
-    channel i and channel i + D/2 are the two coordinates of a point that turns once in 2 pi base^(2i/D) tokens."""
+    """Cosine and sine [T, D] of the angles by which RoPE (Su et al., 2021) rotates a head's channels at positions [T].
+    Channels i and i + D/2 form a point in the plane that rotates once every 2 pi base^(2i/D) tokens."""
     D = config.head_dim
     frequencies = config.rope_base ** (-torch.arange(0, D, 2, device=positions.device) / D)
     angles = torch.outer(positions, frequencies).repeat(1, 2)
@@ -127,7 +157,7 @@ def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of channels of x [B, heads, T, D]."""
+    """Rotate each pair of channels of x [B, heads, T, D]."""
     cos, sin = (a.to(x.dtype) for a in angles)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -139,16 +169,16 @@ class LearnedPositions(nn.Embedding):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, so that each is computed once when tokens come one at a time."""
+    """The keys and values of past tokens, so that generation computes them only once."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu", dtype=torch.float32):
         shape = (config.n_layer, batch_size, config.n_kv_head, config.seq_len, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)  # takes up memory as it fills
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # uses physical memory only as it fills
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # positions filled; GPT.forward moves it on when all layers have appended
+        self.length = 0  # positions filled; GPT.forward advances it after all layers have appended
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, K, T, D] behind what `layer` holds, and return all of its keys and values [B, K, .., D]."""
+        """Store k, v [B, K, T, D] after the entries of `layer`, and return all its keys and values [B, K, .., D]."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -156,9 +186,8 @@ class KVCache:
 
 
 def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: float) -> Tensor:
-    """scaled_dot_product_attention, arguments and all, with scores squashed into (-cap, cap) before the mask (Gemma 2
-    and Grok-1)."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # whether enable_gqa says so or not
+    """scaled_dot_product_attention with scores limited to (-cap, cap) before the mask (Gemma 2, Grok-1)."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # a no-op unless enable_gqa
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) / cap)
     if is_causal:
         attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
@@ -169,10 +198,10 @@ def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: 
 
 
 class Attention(nn.Module):
-    """Causal self-attention: in each head every token looks for something (its query), says what it is (its key) and
-    what it can tell (its value). It gets the mean of the values of all tokens up to itself, weighted by how well their
-    keys k answer its query q: softmax(q k^T / sqrt(D)) v. Query head h uses key/value head h // (H / K) (GQA, Ainslie
-    et al., 2023)."""
+    """Causal self-attention. In each head every token has a query (what it looks for), a key (what it offers) and a
+    value (what it passes on). Its output is the average of the values of all tokens up to itself, weighted by how well
+    their keys match its query: softmax(q k^T / sqrt(D)) v. Query head h uses key/value head h // (H / K), known as
+    grouped-query attention (Ainslie et al., 2023)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -199,11 +228,11 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            if T > 1:  # token i of these T sees what was cached before them, and up to itself; a single one sees all
+            if T > 1:  # each token sees all cached ones and those up to itself; a single token needs no mask
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         dropout = self.dropout if self.training else 0.0
-        how = {"attn_mask": mask, "dropout_p": dropout, "is_causal": cache is None, "enable_gqa": self.grouped}
-        y = self.attend(q, k, v, **how)  # [B, H, T, D]
+        options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": cache is None, "enable_gqa": self.grouped}
+        y = self.attend(q, k, v, **options)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -211,7 +240,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 
 
 class MLP(nn.Module):
-    """Works on each token alone."""
+    """Two linear layers with an activation between them, applied to each token on its own."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -224,7 +253,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """SwiGLU with SiLU as activation, GeGLU with GELU (Shazeer, 2020)."""
+    """SwiGLU with the activation SiLU, GeGLU with GELU (Shazeer, 2020)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -239,9 +268,10 @@ def make_mlp(config: GPTConfig) -> nn.Module:
 
 
 class Experts(nn.Module):
-    """E MLPs, of which a router chooses a few for each token: work grows with the few (Shazeer et al., 2017). In
-    training two losses keep the router healthy: one is least when all experts get equal shares of tokens and of
-    probability (Switch Transformer, Fedus et al., 2021), one keeps its logits near zero (ST-MoE, Zoph et al., 2022)."""
+    """A mixture of E experts, MLPs of which a router picks a few for each token, so that compute grows with those few
+    only (Shazeer et al., 2017). Two auxiliary losses keep the router healthy in training: one is smallest when tokens
+    and probability are spread evenly over the experts (Switch Transformer, Fedus et al., 2021), the other keeps the
+    router's logits near zero (ST-MoE, Zoph et al., 2022)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -252,29 +282,29 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [N, C] with N = B T
-        with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
+        with torch.autocast(x.device.type, enabled=False):  # route in float32
             logits = F.linear(tokens.float(), self.router.weight.float())  # [N, E]
         probabilities = logits.softmax(-1)
         gates, chosen = probabilities.topk(self.n_active)  # [N, active]
         if self.renormalise:
             gates = gates / gates.sum(-1, keepdim=True)
 
-        visits = chosen.flatten()  # [N * active]: the expert of each visit; visit i is one of token i // active
-        by_expert = visits.argsort(stable=True)  # those to the same expert together
-        visitors = by_expert // self.n_active
-        counts = visits.bincount(minlength=len(self.experts))  # [E]
-        parts = tokens[visitors].split(counts.tolist())
+        assigned = chosen.flatten()  # [N * active]: the expert of each token's first choice, second choice, ...
+        by_expert = assigned.argsort(stable=True)  # the choices, grouped by expert
+        sources = by_expert // self.n_active  # the token that made each choice
+        counts = assigned.bincount(minlength=len(self.experts))  # [E]
+        parts = tokens[sources].split(counts.tolist())
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
         outputs = outputs * gates.flatten()[by_expert, None]
 
-        self.load = counts / counts.sum()  # each expert's share of the visits, for the log
+        self.load = counts / counts.sum()  # each expert's share of the tokens, for the log
         balance = len(self.experts) * (self.load * probabilities.mean(0)).sum()
         self.router_loss = self.balance_weight * balance + self.z_weight * logits.logsumexp(-1).square().mean()
-        return torch.zeros_like(tokens).index_add(0, visitors, outputs.to(tokens.dtype)).view_as(x)
+        return torch.zeros_like(tokens).index_add(0, sources, outputs.to(tokens.dtype)).view_as(x)
 
 
 class Block(nn.Module):
-    """Attention, in which tokens learn of each other, then an MLP. Both read x through a norm, and add to it."""
+    """Attention, which moves information between tokens, then an MLP. Each reads x through a norm and adds to it."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -293,7 +323,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens in, for each of them the logits of the next one out."""
+    """Maps tokens to the logits of the token after each of them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -306,33 +336,34 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embedding.weight
+        self.tie_head()
         self.init_weights()
+
+    def tie_head(self) -> None:
+        """Make a tied head share the embedding's weights. Needed again after a move that creates new parameters."""
+        if self.config.tied:
+            self.head.weight = self.embedding.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Each block begins as the identity, and no token is preferred: the first loss is ln V (tied, about ln V)."""
-        # The last weights on the way to what a block adds to its input: while they are zero it adds nothing.
+        """Each block starts as the identity and all tokens as equally likely: the first loss is ln V (tied: about)."""
+        # Blocks add the output of these to x. At zero they add nothing.
         last = ("post_norm.weight",) if self.config.post_norm else (".out.weight", ".down.weight")
-        for name, weight in self.named_parameters():  # in which a tied head is the embedding
+        for name, weight in self.named_parameters():  # lists a tied head as the embedding
             if name.endswith(("bias", "head.weight", *last)):
                 weight.zero_()
-            elif weight.ndim == 1:  # the other norms only normalise
+            elif weight.ndim == 1:  # the other norms start as plain normalisation
                 weight.fill_(1.0)
             else:
                 weight.normal_(std=0.02)  # as in GPT-2; the norms make up for the scale
 
     def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        only_last: bool = False,
+        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, only_last: bool = False
     ) -> Tensor:
-        """Logits [B, T, V] of the token after each of `tokens` [B, T], or with `only_last` [B, 1, V] after the last;
-        with `targets` [B, T] their mean cross-entropy in nats, in training plus the routers' losses. With a cache,
-        `tokens` continue the sequence that it holds, and are added to it. Raises ValueError beyond S positions."""
+        """Return the logits [B, T, V] of the token after each of `tokens` [B, T], or with `only_last` those after the
+        last one [B, 1, V]. With `targets` [B, T], return their mean cross-entropy in nats instead, in training plus the
+        routers' losses. With a cache, `tokens` continue the cached sequence and are added to the cache. Raises
+        ValueError beyond S positions."""
         start = cache.length if cache is not None else 0
         if (end := start + tokens.size(1)) > self.config.seq_len:
             raise ValueError(f"a sequence of {end} tokens is longer than seq_len {self.config.seq_len}")
@@ -354,37 +385,24 @@ class GPT(nn.Module):
         return loss
 
     def expert_layers(self) -> list[Experts]:
-        """One of each block, for what it tells of the last forward pass; none in a dense model."""
+        """The mixtures of experts, one per block; none in a dense model."""
         return [block.mlp for block in self.blocks if isinstance(block.mlp, Experts)]
 
     def n_params(self) -> int:
-        """Number of parameters; a tied head counts once."""
+        """Number of parameters. A tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def n_active_params(self) -> int:
-        """Number of parameters that one token meets: all but those of the experts it does not visit."""
+        """Number of parameters that a single token uses: all but those of the experts that it skips."""
         idle = 0
         for layer in self.expert_layers():
             size = sum(p.numel() for p in layer.experts[0].parameters())
             idle += (len(layer.experts) - layer.n_active) * size
         return self.n_params() - idle
 
-    def activations_per_token(self) -> int:
-        """How many numbers a forward pass keeps of a token of a full sequence for the backward pass, without logits."""
-        c = self.config
-        heads, kv_heads = c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim
-        attention = 2 * c.n_embd + 2 * heads + kv_heads  # both sides of the norm; queries, keys, values, and the output
-        attention += (c.qk_norm + (c.position == "rope")) * (heads + kv_heads // 2)  # queries and keys at each stage
-        if c.attention_cap:
-            attention += 5 * c.n_head * c.seq_len  # scores, which the capped attention holds at each stage
-        mlp = c.n_embd + (4 if c.gated else 2) * c.n_inner  # input; gate, up, activation, product, or up, activation
-        visits = c.n_expert_active if c.n_expert else 1
-        experts = 2 * c.n_embd * visits if c.n_expert else 0  # tokens gathered, and their outputs before the gates
-        return c.n_layer * (attention + c.n_embd + visits * mlp + experts + 2 * c.n_embd * c.post_norm)
-
     def flops_per_token(self) -> int:
-        """Training FLOPs per token of a full sequence: 6 for each weight in a matrix product (2 forward, 4 backward),
-        and 12 L H D S for attention (PaLM, appendix B). An embedding that is only looked up costs nothing."""
+        """Training FLOPs per token of a full sequence: 6 per weight in a matrix product (2 forward, 4 backward), plus
+        12 L H D S for attention (PaLM, appendix B). Embedding lookups are free."""
         c = self.config
         looked_up = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         vectors = sum(p.numel() for p in self.parameters() if p.ndim == 1)
@@ -394,15 +412,11 @@ class GPT(nn.Module):
 
 
 def sample_next(
-    logits: Tensor,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    logits: Tensor, temperature: float = 0.8, top_k: int | None = None, top_p: float | None = None, generator=None
 ) -> Tensor:
-    """A token id [B] for each row of logits [B, V]: the likeliest at temperature 0, else drawn, from the `top_k`
-    likeliest, and of these from the fewest that together have probability `top_p` (nucleus sampling, Holtzman et al.,
-    2019)."""
+    """Draw a token id [B] for each row of logits [B, V]. Temperature 0 takes the most likely token. `top_k` limits the
+    draw to the k most likely tokens, `top_p` to the fewest that together have that probability (nucleus sampling,
+    Holtzman et al., 2019)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -411,34 +425,33 @@ def sample_next(
         logits = logits.masked_fill(logits < smallest_kept, -math.inf)
     if top_p is not None:
         probabilities, ids = logits.softmax(-1).sort(descending=True)
-        likelier = probabilities.cumsum(-1) - probabilities  # what the tokens before each one sum to
-        left_out = (likelier >= top_p).gather(-1, ids.argsort(-1))  # in the order of ids again
-        logits = logits.masked_fill(left_out, -math.inf)
+        likelier = probabilities.cumsum(-1) - probabilities  # total probability of the more likely tokens
+        dropped = (likelier >= top_p).gather(-1, ids.argsort(-1))  # back in the order of ids
+        logits = logits.masked_fill(dropped, -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
-def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **how) -> Iterator[Tensor]:
-    """The ids [B] that follow tokens [B, T], one step after the other without end; `how` goes to sample_next. Where the
-    model has more ids than the tokenizer, as published ones do, `n_vocab` is the number of those that mean something.
+def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **options) -> Iterator[Tensor]:
+    """Yield the ids [B] that continue tokens [B, T], one step at a time, without end. `options` go to sample_next.
+    `n_vocab` is the size of the tokenizer's vocabulary, where the model pads it with ids that have no meaning.
 
-    When the sequence outgrows the model's S positions, the window slides: the newest S / 2 tokens are kept.
-    """
+    When the sequence outgrows the model's S positions, only its newest S / 2 tokens are kept."""
     S = model.config.seq_len
     while True:
         window = tokens[:, -max(1, S // 2) :] if tokens.size(1) > S else tokens
         cache = KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
-        unseen = window  # all of it first, then each time the newest token
+        unseen = window  # the whole window at first, later the newest token alone
         while cache.length + unseen.size(1) <= S:
             logits = model(unseen, cache=cache, only_last=True)[:, -1, :n_vocab]
-            unseen = sample_next(logits, **how)[:, None]
+            unseen = sample_next(logits, **options)[:, None]
             window = torch.cat((window, unseen), dim=1)
             yield unseen[:, 0]
         tokens = window  # S + 1 of them
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Presets: a row holds what differs from GPTConfig's defaults. How each is trained stands in train.py's RECIPES
+# Presets: each lists what differs from the defaults of GPTConfig. How to train them is in the RECIPES of train.py
 
 # fmt: off
 GPT2 = {
@@ -480,278 +493,110 @@ PRESETS: dict[str, dict] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights of published models, in and out: folders in the layout of Hugging Face's transformers, which most tools read
+# From a checkpoint, which train.py writes, to a model on a device
 
 
-@dataclass
-class Family:
-    """What transformers calls an architecture, its settings and its weights."""
-
-    architecture: str  # the class there
-    base: dict  # our settings where its config.json is silent
-    settings: dict[str, str]  # our setting: its name in config.json, or several
-    modules: dict[str, str]  # our module: theirs, with * for the number of a layer or an expert
-    required: dict  # what its config.json must say where it says it, since there is no switch for it here
-    transposed: bool = False  # matrices in blocks are stored [in, out]
-
-    def is_transposed(self, tensor: Tensor, ours: str) -> bool:
-        return self.transposed and tensor.ndim == 2 and ours.startswith("blocks")
+class Damaged(Exception):
+    """A checkpoint that is incomplete or corrupt."""
 
 
-# fmt: off
-LLAMA_SETTINGS = {
-    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
-    "head_dim": "head_dim", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
-    "activation": "hidden_act", "tied": "tie_word_embeddings",
-}
-LLAMA_MODULES = {
-    "embedding": "model.embed_tokens",
-    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
-    "blocks.*.attention.query": "model.layers.*.self_attn.q_proj",
-    "blocks.*.attention.key": "model.layers.*.self_attn.k_proj",
-    "blocks.*.attention.value": "model.layers.*.self_attn.v_proj",
-    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
-    "blocks.*.attention.query_norm": "model.layers.*.self_attn.q_norm",
-    "blocks.*.attention.key_norm": "model.layers.*.self_attn.k_norm",
-    "blocks.*.mlp_norm": "model.layers.*.post_attention_layernorm",
-    "blocks.*.mlp.gate": "model.layers.*.mlp.gate_proj",
-    "blocks.*.mlp.up": "model.layers.*.mlp.up_proj",
-    "blocks.*.mlp.down": "model.layers.*.mlp.down_proj",
-    "blocks.*.mlp.router": "model.layers.*.mlp.gate",
-    "blocks.*.mlp.experts.*.gate": "model.layers.*.mlp.experts.*.gate_proj",
-    "blocks.*.mlp.experts.*.up": "model.layers.*.mlp.experts.*.up_proj",
-    "blocks.*.mlp.experts.*.down": "model.layers.*.mlp.experts.*.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-LLAMA_REQUIRED = {"rope_type": "default", "type": "default", "sliding_window": None, "use_sliding_window": False}
-
-FAMILIES: dict[str, Family] = {  # by the model_type in config.json; the dense ones first
-    "gpt2": Family(
-        "GPT2LMHeadModel",
-        base=GPT2,
-        settings={
-            "vocab_size": "vocab_size", "seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
-            "n_embd": "n_embd", "n_inner": "n_inner", "norm_eps": "layer_norm_epsilon",
-            "activation": "activation_function", "tied": "tie_word_embeddings",
-        },
-        modules={
-            "embedding": "transformer.wte",
-            "positions": "transformer.wpe",
-            "blocks.*.attention_norm": "transformer.h.*.ln_1",
-            "blocks.*.attention.query": "transformer.h.*.attn.c_attn",  # the three are stacked in one
-            "blocks.*.attention.key": "transformer.h.*.attn.c_attn",
-            "blocks.*.attention.value": "transformer.h.*.attn.c_attn",
-            "blocks.*.attention.out": "transformer.h.*.attn.c_proj",
-            "blocks.*.mlp_norm": "transformer.h.*.ln_2",
-            "blocks.*.mlp.up": "transformer.h.*.mlp.c_fc",
-            "blocks.*.mlp.down": "transformer.h.*.mlp.c_proj",
-            "norm": "transformer.ln_f",
-            "head": "lm_head",
-        },
-        required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-        transposed=True,
-    ),
-    "llama": Family(
-        "LlamaForCausalLM",
-        base={"qk_norm": False},
-        settings=LLAMA_SETTINGS | {"bias": "attention_bias mlp_bias"},
-        modules=LLAMA_MODULES,
-        required=LLAMA_REQUIRED,
-    ),
-    "qwen3": Family("Qwen3ForCausalLM", {}, LLAMA_SETTINGS, LLAMA_MODULES, LLAMA_REQUIRED),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
-        base={"renormalise": False},
-        settings=LLAMA_SETTINGS | {
-            "n_inner": "moe_intermediate_size", "n_expert": "num_experts num_local_experts",
-            "n_expert_active": "num_experts_per_tok", "renormalise": "norm_topk_prob",
-        },
-        modules=LLAMA_MODULES,
-        required=LLAMA_REQUIRED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
-    ),
-    "mixtral": Family(
-        "MixtralForCausalLM",
-        base={"qk_norm": False, "n_expert": 8},
-        settings=LLAMA_SETTINGS | {"n_expert": "num_local_experts", "n_expert_active": "num_experts_per_tok"},
-        modules=LLAMA_MODULES | {
-            "blocks.*.mlp.router": "model.layers.*.block_sparse_moe.gate",
-            "blocks.*.mlp.experts.*.gate": "model.layers.*.block_sparse_moe.experts.*.w1",
-            "blocks.*.mlp.experts.*.up": "model.layers.*.block_sparse_moe.experts.*.w3",
-            "blocks.*.mlp.experts.*.down": "model.layers.*.block_sparse_moe.experts.*.w2",
-        },
-        required=LLAMA_REQUIRED,
-    ),
-}
-# fmt: on
-THEIR_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-NOT_WEIGHTS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # masks and angles, in older files
-ONLY_IN_TRAINING = ("dropout", "balance_loss", "router_z_loss")  # settings that change nothing of what a model computes
+def read_checkpoint(record: Path) -> dict:
+    """The state named by a checkpoint's JSON file, on the CPU, with its SHA-256 verified. Nothing in the file is
+    executed. Raises Damaged."""
+    try:
+        named = json.loads(record.read_text(encoding="utf-8"))
+        path = record.with_name(Path(named["file"]).name)
+        if sha256_of(path) != named["sha256"]:
+            raise Damaged(f"{path} does not match the SHA-256 in {record.name}")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if missing := {"step", "config", "model", "optimizer", "tokenizer", "data"} - state.keys():
+            raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
+        state["config"] |= state["config"].pop("model", {})  # older checkpoints nest the settings of the model
+        return state
+    except Damaged:
+        raise
+    except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
+        raise Damaged(f"cannot read {record} ({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
 
-def meta_model(config: GPTConfig, n_tensors: int) -> GPT:
-    """The model without memory for its weights. Raises ValueError where `n_tensors` are too few for its layers: a
-    damaged config could ask for millions."""
+def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
+    """The state of a checkpoint (named by its .json or .pt file), or of the newest intact one in a run's folder, and
+    the path of its JSON file. Names each damaged checkpoint that it skips. Ends the program if none is left."""
+    path = Path(path)
+    if path.is_dir():
+        records = sorted(path.glob("step-*.json"), reverse=True)
+    else:
+        records = [path.with_suffix(".json")] if path.exists() else []
+    if not records:
+        fail(f"there is no checkpoint in {path}: make one with python train.py")
+    for record in records:
+        try:
+            return read_checkpoint(record), record
+        except Damaged as error:
+            print(f"damaged: {error}", file=sys.stderr)
+    fail(f"there is no intact checkpoint left in {path}")
+
+
+def newest_run(runs: str | Path = "runs") -> Path:
+    """The folder in `runs` with the newest checkpoint."""
+    records = list(Path(runs).glob("*/step-*.json"))
+    if not records:
+        fail(f"there is no run in {runs}/: make one with python train.py")
+    return max(records, key=lambda record: record.stat().st_mtime).parent
+
+
+def with_tied_head(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as load_state_dict expects them. Files hold a tied head once, as the embedding."""
+    return {**weights, "head.weight": weights["embedding.weight"]} if config.tied else weights
+
+
+def empty_model(config: GPTConfig, n_tensors: int) -> GPT:
+    """The model on the meta device, without memory for its weights. Raises ValueError if `n_tensors` cannot fill its
+    layers, since a damaged config could ask for millions of them."""
     if config.n_layer * (config.n_expert or 1) > n_tensors:
-        raise ValueError(f"{config.n_layer} layers can't be filled from {n_tensors} tensors")
+        raise ValueError(f"{config.n_layer} layers cannot be filled from {n_tensors} tensors")
     with torch.device("meta"):
         return GPT(config)
 
 
-def tie(config: GPTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as load_state_dict wants them. Files hold a tied head once, as the embedding."""
-    return {**state, "head.weight": state["embedding.weight"]} if config.tied else state
-
-
-def model_with(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
-    """The model with the tensors of `state` as its weights, not copied, in whatever dtype they are."""
-    model = meta_model(config, len(state))
-    model.load_state_dict(tie(config, state), assign=True)
-    if config.tied:
-        model.head.weight = model.embedding.weight
+def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """The model with the tensors of `weights` as its parameters, neither copied nor converted."""
+    model = empty_model(config, len(weights))
+    model.load_state_dict(with_tied_head(config, weights), assign=True)
+    model.tie_head()
     return model
 
 
-def layout(family: Family, model: GPT) -> dict[str, list[str]]:
-    """{name of a tensor in their file: the parameters of ours that are stacked in it}"""
-    names = defaultdict(list)
-    for name, _ in model.named_parameters():
-        module, _, kind = name.rpartition(".")
-        theirs = family.modules[re.sub(r"\d+", "*", module)]
-        for number in re.findall(r"\d+", module):
-            theirs = theirs.replace("*", number, 1)
-        names[f"{theirs}.{kind}"].append(name)
-    return names
-
-
-def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or pytorch_model.bin, or of the parts that their index names. The files are
-    mapped into memory, not read: a tensor costs memory when it is used. Nothing in them is executed."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        paths = [folder / name]
-        if (index := folder / f"{name}.index.json").exists():
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            paths = sorted({folder / Path(part).name for part in parts})
-        if not paths[0].exists():
-            continue
-        if name == "pytorch_model.bin":
-            files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
-        else:
-            try:
-                from safetensors.torch import load_file
-            except ImportError:
-                raise ValueError(f"{paths[0]} needs safetensors: pip install safetensors") from None
-            files = [load_file(path) for path in paths]
-        return {name: tensor for file in files for name, tensor in file.items()}
-    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and, by our names, the weights of a model in Hugging Face's layout. Raises ValueError where it is not
-    one of FAMILIES, and where a tensor is missing, left over or of another shape."""
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for nested in ("rope_parameters", "rope_scaling"):  # where newer and older files keep the rotary settings
-        theirs |= theirs.get(nested) or {}
-    family = FAMILIES.get(theirs["model_type"])
-    if family is None:
-        raise ValueError(f"{folder} holds a {theirs['model_type']!r}, none of {', '.join(FAMILIES)}")
-    for name, value in family.required.items():
-        if theirs.get(name, value) != value:
-            raise ValueError(f"the {name} of {folder} is {theirs[name]!r}, for which there is no switch here")
-    chosen = dict(family.base)
-    for ours, names in family.settings.items():
-        for name in names.split():
-            if theirs.get(name) is not None:
-                chosen[ours] = theirs[name]
-    chosen["activation"] = THEIR_GELU.get(chosen["activation"], chosen["activation"])
-    config = GPTConfig(**chosen)
-
-    tensors = {name: tensor for name, tensor in open_tensors(folder).items() if not NOT_WEIGHTS.fullmatch(name)}
-    if "wte.weight" in tensors:  # GPT-2 as OpenAI's files have it, without its head
-        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-    if config.tied:
-        tensors.pop("lm_head.weight", None)  # some files hold it a second time
-    model = meta_model(config, len(tensors))
-    names = layout(family, model)
-    for which, difference in (("misses", names.keys() - tensors.keys()), ("also holds", tensors.keys() - names.keys())):
-        if difference:
-            raise ValueError(f"{folder} {which} {min(difference)} and {len(difference) - 1} other tensors")
-    state = {}
-    for theirs_name, ours_names in names.items():
-        tensor = tensors.pop(theirs_name)
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{theirs_name} in {folder} is of {tensor.dtype}, not of plain floating-point numbers")
-        if family.is_transposed(tensor, ours_names[0]):
-            tensor = tensor.T.contiguous()
-        for ours, part in zip(ours_names, tensor.chunk(len(ours_names))):
-            shape = model.get_parameter(ours).shape
-            if part.shape != shape:
-                raise ValueError(f"{theirs_name} in {folder} fills {ours} by {list(part.shape)}, not {list(shape)}")
-            state[ours] = part
-    return config, state
-
-
-def no_counterpart(config: GPTConfig, family: Family) -> list[str]:
-    """The settings of `config` that the family cannot express."""
-    said = {name: getattr(config, name) for name in (*family.settings, *ONLY_IN_TRAINING)}
-    same = GPTConfig(**{**family.base, **said})
-    return [f.name for f in fields(GPTConfig) if getattr(same, f.name) != getattr(config, f.name)]
-
-
-def save_published(folder: Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
-    """Write config.json and model.safetensors as the family that can express `config` has them. Raises ValueError where
-    none can. The inverse of load_published."""
+def choose_device(name: str | None, local_rank: int = 0) -> tuple[torch.device, str]:
+    """The device called `name`, by default the accelerator if there is one, and the reason for the choice. Ends the
+    program if the device cannot be used."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator and name in (None, accelerator.type):
+        index = local_rank % torch.accelerator.device_count()
+        torch.accelerator.set_device_index(index)
+        return torch.device(accelerator.type, index), "found" if name is None else "as set"
+    if name is None:
+        return torch.device("cpu"), "no accelerator found"
     try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ValueError("writing model.safetensors needs safetensors: pip install safetensors") from None
-    model_type = min(FAMILIES, key=lambda name: len(no_counterpart(config, FAMILIES[name])))
-    family = FAMILIES[model_type]
-    if lacking := no_counterpart(config, family):
-        which = ", ".join(f"{name} {getattr(config, name)}" for name in lacking)
-        raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {which}")
-    theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32"}
-    for ours, names in family.settings.items():
-        value = "gelu_new" if getattr(config, ours) == "gelu_tanh" else getattr(config, ours)
-        theirs |= dict.fromkeys(names.split(), value)
-    tensors = {}
-    for theirs_name, ours_names in layout(family, model_with(config, state)).items():
-        tensor = torch.cat([state[name] for name in ours_names])
-        if family.is_transposed(tensor, ours_names[0]):
-            tensor = tensor.T
-        tensors[theirs_name] = tensor.contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(theirs, indent=1), encoding="utf-8")
+        float(torch.ones((), device=name))
+        return torch.device(name), "as set"
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
 
 
-def export(folder: Path, run: Path) -> None:
-    """Write the newest checkpoint of a run as a published model with its tokenizer."""
-    from prepare import fail, save_published_tokenizer, tokenizer_from_dict
-    from train import load_checkpoint  # it imports this file, so not above
-
-    if folder.exists() and any(folder.iterdir()):
-        fail(f"{folder} is not empty: choose another folder to export to")
-    state, record = load_checkpoint(run)
-    try:
-        save_published(folder, GPTConfig(**state["config"]["model"]), state["model"])
-        save_published_tokenizer(folder, tokenizer_from_dict(state["tokenizer"]))
-    except (ValueError, OSError) as error:
-        fail(f"cannot export {record.with_suffix('')}: {error}")
-    names = ", ".join(sorted(path.name for path in folder.iterdir()))
-    print(f"{folder} holds step {state['step']} of {record.parent} as {names}")
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products in bfloat16, instead of emulating them slowly."""
+    if device.type == "cpu":
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def main() -> None:
-    """Export, or print what each preset comes to; for that nothing is allocated: models stand on the meta device."""
+    """Print the size of each preset. Models are built on the meta device, which allocates no memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write a run's model for other tools"
-    )
-    args = parser.parse_args()
-    if args.export:
-        return export(*args.export)
+    parser.add_argument("--export", nargs="*", help=argparse.SUPPRESS)
+    if parser.parse_args().export is not None:
+        fail("published.py exports models now: python published.py --export DIR RUN")
     print(f"{'preset':17}{'parameters':>17}{'active':>17}{'FLOP/token':>20}{'cache bytes/token':>19}")
     assumed = {"vocab_size": 4096}
     for name, preset in PRESETS.items():
@@ -761,7 +606,7 @@ def main() -> None:
         cache_bytes = (cache.keys.nbytes + cache.values.nbytes) // config.seq_len
         counts = f"{model.n_params():17,}{model.n_active_params():17,}{model.flops_per_token():20,}{cache_bytes:19,}"
         print(f"{name:17}{counts}")
-    print(f"Presets that take the vocabulary of their data set are counted with {assumed['vocab_size']:,} tokens.")
+    print(f"Presets without a vocabulary of their own are counted with {assumed['vocab_size']:,} tokens.")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import plan as plan_file
 import prepare
 import train
 from model import GPT, PRESETS, GPTConfig, generate
@@ -143,7 +144,7 @@ def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
 def limits(nano) -> tuple[str, str, str]:
     """Matrix products of 1024 x 1024, the limit here"""
     cpu = torch.device("cpu")
-    peaks = [f"{train.peak_of(cpu, dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in ("float32", "bfloat16")]
+    peaks = [f"{train.peak_flops(cpu, dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in ("float32", "bfloat16")]
     return "", ", ".join(peaks), f"{torch.get_num_threads()} threads"
 
 
@@ -350,10 +351,10 @@ def network(nano) -> tuple[str, str, str]:
     config = train.build_config({"vocab_size": 4096, "dtype": "float32"})
     compute = config.batch_tokens / speed(ours(*flags, processes=2, threads=1)[0])
     with torch.device("meta"):
-        model = GPT(config.model)
+        model = GPT(config)
     told, ratios = [], []
     for name, bits in (("100 Mbit/s", 1e8), ("1 Gbit/s", 1e9)):
-        planned = compute + train.traffic_seconds(model, config, 2, bits / 8, compute)[1]
+        planned = compute + plan_file.traffic_seconds(model, config, 2, bits / 8, compute)[1]
         with two_nodes(bits) as starts, tempfile.TemporaryDirectory() as folder:
             head, other = ([*start, str(ROOT / "train.py"), "--out", f"{folder}/run", *flags] for start in starts)
             with subprocess.Popen(other, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **NO_OUTPUT):

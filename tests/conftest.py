@@ -1,29 +1,36 @@
-"""What several test files share: a small data set, a small run, and ways to call the scripts."""
+"""Shared by the tests: a small data set, a small run, and ways to run the scripts."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from shlex import split
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # enough for tiny models, and much faster than two threads when the machine is busy
 
 import prepare
-import train
+from forked import run_script
+from model import read_checkpoint
 
 # fmt: off
 WORDS = ["the", "a", "small", "model", "learns", "to", "write", "what", "it", "has", "read,", "one", "token", "after",
          "another;", "naïve", "café", "你好", "🙂\n"]
 # fmt: on
 TINY = split("--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4")
+TINY += ["--dtype", "float32"]  # so that results do not depend on the machine
 
 
 def words(n: int, seed: int = 0) -> str:
@@ -37,6 +44,9 @@ def data(tmp_path_factory) -> Path:
     (folder / "text.txt").write_text(words(3000), encoding="utf-8")
     prepare.prepare([str(folder / "text.txt")], folder / "set", "byte", 0.1)
     return folder / "set"
+
+
+# ---- scripts in this process
 
 
 @pytest.fixture
@@ -69,10 +79,80 @@ def refused(call, capsys):
     return refuse
 
 
-def shell(script: str, *arguments, cwd: Path, **more) -> subprocess.CompletedProcess:
-    """A script run as a user runs it."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", check=False, **more)
+# ---- scripts in processes of their own
+
+
+class Ranks:
+    """`n` processes that run a script as torchrun would start them, or a single one as python would. `environment` and
+    `folder` may differ between ranks: folder(rank), environment(rank)."""
+
+    def __init__(
+        self, folder, *arguments, script: Path = ROOT / "train.py", n: int = 1, stdin: str = "", environment=None
+    ):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the server, which imports forked.py first
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["forked"])
+        self.processes, self.outputs = [], []
+        for rank in range(n):
+            place = Path(folder(rank) if callable(folder) else folder)
+            env = address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {}
+            env |= environment(rank) if environment else {}
+            files = tuple(place / f".{name}-{os.getpid()}-{time.monotonic_ns()}" for name in ("in", "out", "err"))
+            files[0].write_text(stdin)
+            given = [str(a(rank) if callable(a) else a) for a in arguments]
+            process = context.Process(target=run_script, args=(Path(script), given, place, env, files))
+            process.start()
+            self.processes.append(process)
+            self.outputs.append(files[1:])
+
+    def pid(self, rank: int) -> int:
+        return self.processes[rank].pid
+
+    def finish(self, status: int | None = 0) -> SimpleNamespace:
+        """Wait for the end. Once a rank has failed, the others are terminated, as torchrun does it. Returns the exit
+        status of the first that ended with another than 0, and what all printed."""
+        end = time.monotonic() + 60
+        while any(p.exitcode is None for p in self.processes) and time.monotonic() < end:
+            if any(p.exitcode for p in self.processes):
+                time.sleep(0.3)
+                for p in self.processes:
+                    p.terminate()
+                break
+            time.sleep(0.01)
+        for p in self.processes:
+            p.join(10)
+            p.kill()
+            p.join()
+        first = next((p.exitcode for p in self.processes if p.exitcode), 0)
+        stdout, stderr = ("".join(pair[i].read_text(encoding="utf-8") for pair in self.outputs) for i in (0, 1))
+        assert status is None or first == status, stdout + stderr
+        return SimpleNamespace(status=first, stdout=stdout, stderr=stderr, printed=stdout + stderr)
+
+
+def shell(script: str, *arguments, cwd: Path, stdin: str = "") -> SimpleNamespace:
+    """Run a script to its end in a process of its own."""
+    return Ranks(cwd, *arguments, script=ROOT / script, stdin=stdin).finish()
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    end, path = time.monotonic() + 60, run / "metrics.jsonl"
+    while time.monotonic() < end:
+        if path.exists() and any(json.loads(row)["step"] >= step for row in path.read_text().split("\n")[:-1]):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was not reached")
+
+
+def workers(torchrun: subprocess.Popen) -> list[int]:
+    """The process ids of the ranks that a torchrun has started."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+# ---- runs
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +160,7 @@ def finished_run(data, tmp_path_factory) -> Path:
     """A run of 20 steps with dropout and a checkpoint every 5."""
     folder = tmp_path_factory.mktemp("finished")
     flags = [*TINY, "--dropout", 0.1, "--steps", 20, "--save_every", 5, "--eval_every", 10, "--keep", 3]
-    assert shell("train.py", *flags, "--data", data, "--out", "run", cwd=folder).returncode == 0
+    shell("train.py", *flags, "--data", data, "--out", "run", cwd=folder)
     return folder / "run"
 
 
@@ -92,7 +172,7 @@ def run(finished_run, tmp_path, monkeypatch) -> Path:
 
 
 def rows(run: Path, key: str) -> dict[int, float]:
-    """{step: value} from metrics.jsonl; a step that stands there twice is an error."""
+    """{step: value} from metrics.jsonl; a step that appears twice is an error."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     pairs = [(row["step"], row[key]) for row in found if key in row]
     assert len(dict(pairs)) == len(pairs)
@@ -100,7 +180,7 @@ def rows(run: Path, key: str) -> dict[int, float]:
 
 
 def state_of(run: Path, step: int) -> dict:
-    return train.read_checkpoint(run / f"step-{step:08d}.json")
+    return read_checkpoint(run / f"step-{step:08d}.json")
 
 
 def assert_same(a, b):
@@ -118,13 +198,3 @@ def assert_same(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
-
-
-def ranks(process: subprocess.Popen) -> list[int]:
-    """The process ids of the ranks that a torchrun has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, **more}

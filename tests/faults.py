@@ -25,11 +25,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from conftest import ROOT, TINY, ranks
+from conftest import ROOT, TINY, workers
 
-import model as model_file
 import prepare
+import published
 import train
+from model import load_checkpoint
+from published import load_model
 
 QUICK = [*TINY, "--data", "set", "--eval_every", "1000000", "--log_every", "1", "--dropout", "0.1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -56,7 +58,7 @@ def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
 
 def newest(run: str) -> dict:
     with contextlib.redirect_stderr(io.StringIO()):
-        return train.load_checkpoint(run)[0]
+        return load_checkpoint(run)[0]
 
 
 def same(a: dict, b: dict) -> bool:
@@ -118,7 +120,7 @@ def signals(n: int) -> tuple[int, str]:
         number, pid = [
             (signal.SIGTERM, process.pid),
             (signal.SIGINT, process.pid),
-            (signal.SIGUSR1, ranks(process)[i % 2]),
+            (signal.SIGUSR1, workers(process)[i % 2]),
         ][i % 3]
         os.kill(pid, number)
         process.communicate()
@@ -135,7 +137,7 @@ def killed_ranks(n: int) -> tuple[int, str]:
         flags = ["--out", "restarted", "--steps", 120, "--save_every", 5, "--resume"]
         process = start(*flags, torchrun=["--max-restarts=3"])
         wait_for_step(process, "restarted", 20)
-        os.kill(ranks(process)[i % 2], signal.SIGKILL)
+        os.kill(workers(process)[i % 2], signal.SIGKILL)
         began, step = time.monotonic(), last_step("restarted")
         wait_for_step(process, "restarted", step + 1)
         seconds.append(time.monotonic() - began)
@@ -153,10 +155,10 @@ def orphans(n: int) -> tuple[int, str]:
         shutil.rmtree("orphaned", ignore_errors=True)
         process = start("--out", "orphaned", "--steps", 10**6, torchrun=[])
         wait_for_step(process, "orphaned", 5)
-        workers = ranks(process)
+        ranks = workers(process)
         process.kill()
         time.sleep(10)
-        for pid in workers:
+        for pid in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 left += 1
@@ -220,10 +222,10 @@ def mutants(whole: bytes, n: int) -> Iterator[bytes]:
 def fuzz(n: int) -> tuple[int, str]:
     """Damage each file that is read, its SHA-256 made to match again: it is read, or refused with one sentence."""
     start("--out", "fuzzed", "--steps", 1).communicate()
-    model = train.load_model("fuzzed")[0]
+    model = load_model("fuzzed")[0]
     Path("published").mkdir()
-    model_file.save_published(Path("published"), model.config, model.state_dict())
-    prepare.save_published_tokenizer(Path("published"), train.load_model("fuzzed")[1])
+    published.save_published(Path("published"), model.config, model.state_dict())
+    published.save_published_tokenizer(Path("published"), load_model("fuzzed")[1])
 
     def sign(path: Path, record: Path) -> None:
         text = record.read_text()
@@ -231,21 +233,19 @@ def fuzz(n: int) -> tuple[int, str]:
         record.write_text(text.replace(old, hashlib.sha256(path.read_bytes()).hexdigest()))
 
     def settings() -> None:
-        sys.argv = ["train.py", "--config", "config.json"]
-        given, *_ = train.parse_command_line()
-        train.build_config(given)
+        train.build_config(train.read_settings("config.json"))
 
     shutil.copy("fuzzed/config.json", "config.json")
     checkpoint, record, meta = Path("fuzzed/step-00000001.pt"), Path("fuzzed/step-00000001.json"), Path("set/meta.json")
     readers: list[tuple[Path, Path | None, Callable]] = [
-        (checkpoint, record, lambda: train.load_model("fuzzed")),
-        (record, None, lambda: train.load_model("fuzzed")),
+        (checkpoint, record, lambda: load_model("fuzzed")),
+        (record, None, lambda: load_model("fuzzed")),
         (Path("set/train-00000.npy"), meta, lambda: prepare.load_dataset("set")),
         (meta, None, lambda: prepare.load_dataset("set")),
         (Path("config.json"), None, settings),
-        (Path("published/config.json"), None, lambda: train.load_model("published")),
-        (Path("published/model.safetensors"), None, lambda: train.load_model("published")),
-        (Path("published/tokenizer.json"), None, lambda: train.load_model("published")),
+        (Path("published/config.json"), None, lambda: load_model("published")),
+        (Path("published/model.safetensors"), None, lambda: load_model("published")),
+        (Path("published/tokenizer.json"), None, lambda: load_model("published")),
     ]
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     wrong = accepted = 0

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import model as models
+import published
 from model import GPT, GPTConfig, KVCache, generate, rotary_angles, rotate, sample_next
 
 SHAPE = {"vocab_size": 61, "seq_len": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -43,7 +44,7 @@ def test_each_switch_is_set_in_some_kind():
     """So that a new one can't be forgotten in what follows. Sizes and what only training knows are left out."""
     configs = [GPTConfig(**settings) for settings in KINDS.values()]
     names = {f.name for f in dataclasses.fields(GPTConfig) if not f.name.startswith("n_")}
-    for name in names - {*models.ONLY_IN_TRAINING}:
+    for name in names - {*published.ONLY_IN_TRAINING}:
         assert any(getattr(config, name) != getattr(GPTConfig, name) for config in configs), name
 
 

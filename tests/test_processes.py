@@ -1,7 +1,6 @@
-"""train.py under torchrun: two processes compute what one computes, and no fault of one of them is silent."""
+"""train.py in several processes: two compute what one computes, and no fault of one of them goes unnoticed."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,44 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same, ranks, rows, state_of
+from conftest import ROOT, TINY, Ranks, assert_same, rows, state_of, wait_for_step, workers
 
 import train
+from model import load_checkpoint
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-SMALL = [*TINY, "--dtype", "float32", "--log_every", "1", "--eval_every", "100", "--dropout", "0.1"]
-
-
-def start(cwd: Path, *arguments, script=ROOT / "train.py", launcher=(), n: int = 2) -> subprocess.Popen:
-    command = [*TORCHRUN, f"--nproc_per_node={n}", *launcher, str(script), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    return subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **pipes)
-
-
-def finish(process: subprocess.Popen, status: int = 0) -> str:
-    """What it printed, after it ended as expected; no process stays behind, whatever happens."""
-    try:
-        printed = process.communicate(timeout=60)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == status, printed
-    return printed
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        path = run / "metrics.jsonl"
-        if path.exists() and any(json.loads(row)["step"] >= step for row in path.read_text().split("\n")[:-1]):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"step {step} was not reached")
+SMALL = [*TINY, "--log_every", "1", "--eval_every", "100", "--dropout", "0.1"]
 
 
 def assert_close(one: Path, other: Path, step: int, tolerance: float) -> None:
-    """Losses, weights and optimizer state, the same but for rounding."""
+    """Losses, weights and optimizer state are equal except for rounding."""
     a, b = state_of(one, step), state_of(other, step)
     for kind in ("model", "optimizer"):
         assert a[kind].keys() == b[kind].keys()
@@ -61,69 +32,106 @@ def assert_close(one: Path, other: Path, step: int, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_run_that_moves_between_one_process_ddp_and_fsdp_goes_on_as_if_it_had_stayed(call, data, tmp_path, optimizer):
+def test_a_run_that_moves_between_one_process_ddp_and_fsdp_continues_as_if_it_had_stayed(
+    call, data, tmp_path, optimizer
+):
     """With experts, dropout and a tied head."""
     flags = [*SMALL, "--data", data, "--optimizer", optimizer, "--steps", 12, "--lr", 1e-3]
     flags += ["--batch_tokens", 256, "--n_expert", 4, "--n_inner", 32, "--tied"]
     call(train, *flags, "--out", "stayed")
     call(train, *flags, "--out", "moved", "--stop_at", 3)
-    finish(start(tmp_path, "--out", "moved", "--resume", "--stop_at", 6))
-    finish(start(tmp_path, "--out", "moved", "--resume", "--stop_at", 9, "--shard", 2))
+    Ranks(tmp_path, "--out", "moved", "--resume", "--stop_at", 6, n=2).finish()
+    Ranks(tmp_path, "--out", "moved", "--resume", "--stop_at", 9, "--shard", 2, n=2).finish()
     call(train, "--out", "moved", "--resume", "--shard", 1)
     assert_close(tmp_path / "stayed", tmp_path / "moved", 12, 1e-5)
 
 
+def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path):
+    """HSDP: two copies of the model, each sharded over two processes."""
+    flags = [*SMALL, "--data", data, "--batch_tokens", 256, "--steps", 3, "--lr", 1e-3]
+    call(train, *flags, "--out", "one")
+    Ranks(tmp_path, *flags, "--out", "four", "--shard", 2, n=4).finish()
+    assert_close(tmp_path / "one", tmp_path / "four", 3, 1e-5)
+
+
+def test_with_shards_no_rank_but_the_first_ever_builds_the_model_in_memory(data, tmp_path):
+    """Counts the parameters that each rank allocates outside the meta device."""
+    script = f"""
+        import os, sys
+        sys.path[:0] = [{str(ROOT)!r}]
+        import train
+        init, real = train.GPT.__init__, 0
+        def counted(self, config):
+            global real
+            init(self, config)
+            real += not next(self.parameters()).is_meta
+        train.GPT.__init__ = counted
+        train.main()
+        print("rank", os.environ["RANK"], "built", real, file=sys.stderr)
+    """
+    (tmp_path / "counting.py").write_text(textwrap.dedent(script))
+    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 1, "--shard", 2]
+    printed = Ranks(tmp_path, *flags, n=2, script=tmp_path / "counting.py").finish().stderr
+    assert "rank 0 built 1" in printed and "rank 1 built 0" in printed
+
+
 def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):
-    process = start(tmp_path, *SMALL, "--data", data, "--out", "r", "--steps", 10**6)
+    ranks = Ranks(tmp_path, *SMALL, "--data", data, "--out", "r", "--steps", 10**6, n=2)
     wait_for_step(tmp_path / "r", 5)
-    os.kill(ranks(process)[1], signal.SIGUSR1)
-    printed = finish(process)
+    os.kill(ranks.pid(1), signal.SIGUSR1)
+    printed = ranks.finish().printed
     step = max(rows(tmp_path / "r", "loss"))
     assert f"stopped at step {step} and saved" in printed
-    assert train.load_checkpoint(tmp_path / "r")[0]["step"] == step
+    assert load_checkpoint(tmp_path / "r")[0]["step"] == step
 
 
-def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_been(data, tmp_path):
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_happened(data, tmp_path):
     flags = [*SMALL, "--data", data, "--steps", 30, "--save_every", 5]
-    straight = start(tmp_path, *flags, "--out", "straight")
-    finish(straight)
-    process = start(tmp_path, *flags, "--out", "r", "--resume", launcher=["--max-restarts=2"])
-    wait_for_step(tmp_path / "r", 12)
-    os.kill(ranks(process)[1], signal.SIGKILL)
-    assert "resuming r/step-" in finish(process)
+    straight = Ranks(tmp_path, *flags, "--out", "straight", n=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    command += [ROOT / "train.py", *flags, "--out", "r", "--resume"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=env, start_new_session=True, **pipes)
+    try:
+        wait_for_step(tmp_path / "r", 12)
+        os.kill(workers(process)[1], signal.SIGKILL)
+        printed = process.communicate(timeout=60)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0 and "resuming r/step-" in printed, printed
+    straight.finish()
     assert_same(state_of(tmp_path / "straight", 30)["model"], state_of(tmp_path / "r", 30)["model"])
     assert_same(state_of(tmp_path / "straight", 30)["optimizer"], state_of(tmp_path / "r", 30)["optimizer"])
     assert rows(tmp_path / "r", "loss") == rows(tmp_path / "straight", "loss")
 
 
 def test_a_stalled_rank_is_named_within_the_timeout(data, tmp_path):
-    process = start(tmp_path, *SMALL, "--data", data, "--out", "r", "--steps", 10**6, "--timeout", 3)
+    ranks = Ranks(tmp_path, *SMALL, "--data", data, "--out", "r", "--steps", 10**6, "--timeout", 2, n=2)
     wait_for_step(tmp_path / "r", 3)
-    os.kill(stalled := ranks(process)[1], signal.SIGSTOP)
+    os.kill(ranks.pid(1), signal.SIGSTOP)
     began = time.monotonic()
-    for line in process.stdout:
-        if "rank 1 of 2 does not answer" in line:
-            break
-    assert time.monotonic() - began < 20
-    os.kill(stalled, signal.SIGKILL)  # torchrun waits 30 s for it
-    finish(process, status=1)
+    ranks.processes[0].join(20)
+    assert ranks.processes[0].exitcode == 1 and time.monotonic() - began < 20
+    ranks.processes[1].kill()
+    assert "rank 1 of 2 does not answer" in ranks.finish(status=None).stderr
 
 
-def test_ranks_that_were_started_differently_are_named(data, tmp_path):
-    script = f"{sys.executable} {ROOT / 'train.py'} {' '.join(SMALL)} --data {data} --seed $RANK"
-    printed = finish(start(tmp_path, "-c", script, script="bash", launcher=["--no-python"]), status=1)
+def test_ranks_with_different_settings_are_named(data, tmp_path):
+    ranks = Ranks(tmp_path, *SMALL, "--data", data, "--seed", lambda rank: rank, n=2)
+    printed = ranks.finish(status=2).printed
     assert printed.count("rank 1 has another version or setting than rank 0: seed is 1, not 0") == 1
     assert not (tmp_path / "runs").exists()
 
 
 def test_nodes_that_do_not_share_the_folder_of_a_run_are_told(data, tmp_path):
-    """Else a new rank 0, on a node without checkpoints, would begin anew."""
+    """Otherwise a new rank 0, on a node without checkpoints, would start from step 0."""
     (tmp_path / "node0").mkdir()
     (tmp_path / "node1" / "r").mkdir(parents=True)
     (tmp_path / "node1" / "r" / "step-00000005.json").touch()
-    script = f"cd node$RANK && {sys.executable} {ROOT / 'train.py'} {' '.join(SMALL)} --data {data} --out r --resume"
-    printed = finish(start(tmp_path, "-c", script, script="bash", launcher=["--no-python"]), status=1)
-    assert "rank 0 does not see step-00000005.json in r: it must lie on a disk that all nodes share" in printed
+    ranks = Ranks(lambda rank: tmp_path / f"node{rank}", *SMALL, "--data", data, "--out", "r", "--resume", n=2)
+    assert "rank 0 does not see step-00000005.json in r: all nodes must share that folder" in ranks.finish(2).stderr
 
 
 NAN_ON_RANK_1 = """
@@ -143,13 +151,13 @@ NAN_ON_RANK_1 = """
 
 @pytest.mark.parametrize("allowed, calls", [(0, [10]), (2, [10, 15])])
 def test_a_step_with_nan_on_one_rank_is_made_on_none(data, tmp_path, allowed, calls):
-    """The micro-batch with NaN is the second of its step, of four: two of each rank."""
+    """The micro-batch with NaN is the second of its step, of four: two on each rank."""
     (tmp_path / "poisoned.py").write_text(textwrap.dedent(NAN_ON_RANK_1.format(root=str(ROOT), calls=calls)))
     flags = [*SMALL, "--data", data, "--batch_tokens", 256, "--out", "r", "--steps", 9, "--save_every", 1, "--keep", 9]
-    process = start(tmp_path, *flags, "--skip_bad_steps", allowed, script=tmp_path / "poisoned.py")
-    printed = finish(process, status=0 if allowed else 1)
+    ranks = Ranks(tmp_path, *flags, "--skip_bad_steps", allowed, script=tmp_path / "poisoned.py", n=2)
+    printed = ranks.finish(status=0 if allowed else 2).printed
     assert "step 5: the gradient's norm is nan, the loss not finite on rank 1" in printed
-    newest = train.load_checkpoint(tmp_path / "r")[0]
+    newest = load_checkpoint(tmp_path / "r")[0]
     assert all(tensor.isfinite().all() for kind in ("model", "optimizer") for tensor in newest[kind].values())
     if allowed:
         assert_same(state_of(tmp_path / "r", 4)["model"], state_of(tmp_path / "r", 5)["model"])
@@ -159,6 +167,6 @@ def test_a_step_with_nan_on_one_rank_is_made_on_none(data, tmp_path, allowed, ca
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(data, tmp_path):
-    printed = finish(start(tmp_path, *SMALL, "--data", data, n=3), status=1)
-    assert "3 processes can't share the 2 micro-batches of 128 batch_tokens equally: use 1, 2 of them" in printed
+    printed = Ranks(tmp_path, *SMALL, "--data", data, n=3).finish(status=2).printed
+    assert "3 processes cannot share the 2 micro-batches of 128 batch_tokens equally: use 1, 2 processes" in printed
     assert not (tmp_path / "runs").exists()

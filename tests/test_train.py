@@ -12,19 +12,18 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from shlex import split
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same, rows, shell, state_of, words
+from conftest import TINY, Ranks, assert_same, rows, shell, state_of, wait_for_step, words
 
 import prepare
 import train
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_checkpoint
+from published import load_model
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_windows_run_through_shards_as_if_they_were_one():
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
-    config = train.TrainConfig(steps=100, lr=2.0, warmup=0.1, decay=0.5)
+    config = train.Config(steps=100, lr=2.0, warmup=0.1, decay=0.5)
     rates = [train.lr_at(step, config) for step in range(101)]
     assert rates[:3] == pytest.approx([0.2, 0.4, 0.6])
     assert rates[9:51] == [2.0] * 42
@@ -88,7 +87,7 @@ def test_accumulated_micro_batches_equal_one_batch(call, data, tmp_path):
 @pytest.mark.parametrize("optimizer, names", [("muon", ["Muon", "AdamW"]), ("adamw", ["AdamW"])])
 def test_every_parameter_has_one_optimizer_and_only_matrices_of_blocks_have_muon(optimizer, names, alone):
     model = GPT(GPTConfig(vocab_size=50, bias=True))
-    optimizers = train.make_optimizers(model, train.TrainConfig(optimizer=optimizer, dtype="float32"))
+    optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer, dtype="float32"))
     assert [type(o).__name__ for o in optimizers] == names
     held = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
     assert sorted(itertools.chain(*held)) == sorted(id(p) for p in model.parameters())
@@ -134,7 +133,7 @@ def test_the_validation_loss_is_that_of_the_saved_model_on_the_held_out_text(run
     meta, shards = prepare.load_dataset(data)
     tokens = torch.tensor(np.concatenate(shards["val"]).astype(np.int64))
     n = (len(tokens) - 1) // 16
-    model = train.load_model(run / "step-00000020.pt")[0].eval()
+    model = load_model(run / "step-00000020.pt")[0].eval()
     with torch.no_grad():
         loss = model(tokens[: n * 16].view(n, 16), tokens[1 : n * 16 + 1].view(n, 16)).item()
     assert rows(run, "val_loss")[20] == pytest.approx(loss, abs=1e-5)
@@ -207,29 +206,25 @@ def test_a_signal_between_steps_is_not_lost(call, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", interrupted)
     call(train, *TINY, "--data", data, "--out", "r", "--steps", 50, "--eval_every", 7, "--save_every", 100)
     assert max(rows(tmp_path / "r", "loss")) == 8
-    assert train.load_checkpoint(tmp_path / "r")[0]["step"] == 8
+    assert load_checkpoint(tmp_path / "r")[0]["step"] == 8
 
 
 def test_init_begins_with_the_weights_of_a_run_and_a_new_schedule(run, call, data, tmp_path):
-    flags = split("--out tuned --steps 1 --lr 0 --batch_tokens 64 --micro_batch 4")
+    flags = split("--out tuned --steps 1 --lr 0 --batch_tokens 64 --micro_batch 4 --dtype float32")
     call(train, "--init", run, "--data", data, *flags)
     assert rows(tmp_path / "tuned", "val_loss")[1] == pytest.approx(rows(run, "val_loss")[20], abs=1e-6)
 
 
 def test_ctrl_c_saves_at_the_end_of_the_step_and_says_how_to_go_on(data, tmp_path):
     flags = [*TINY, "--data", data, *split("--out r --steps 1000000 --log_every 1")]
-    command = [sys.executable, "-u", ROOT / "train.py", *flags]
-    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step     5/"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 0
+    process = Ranks(tmp_path, *flags)
+    wait_for_step(tmp_path / "r", 5)
+    os.kill(process.pid(0), signal.SIGINT)
+    printed = process.finish().stdout
     (record,) = (tmp_path / "r").glob("step-*.json")
     step = json.loads(record.read_text())["step"]
     assert step == max(rows(tmp_path / "r", "loss")) and step >= 5
-    assert f"stopped at step {step} and saved; to go on: python train.py --out r --resume" in rest
+    assert f"stopped at step {step} and saved; to continue: python train.py --out r --resume" in printed
 
 
 # ---- checkpoints
@@ -245,11 +240,10 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run):
 def test_a_worse_evaluation_never_replaces_the_best(tmp_path):
     for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, 2.2)):
         state = {"step": step, **{key: {} for key in ("config", "model", "optimizer", "tokenizer", "data")}}
-        train.save_checkpoint(tmp_path, step, state, keep=1)
-        if loss < train.read_best(tmp_path).get("val_loss", math.inf):
-            train.mark_best(tmp_path, step, loss)
-    assert train.load_checkpoint(tmp_path / "best.json")[0]["step"] == 2
-    assert train.load_checkpoint(tmp_path)[0]["step"] == 4
+        best = loss < train.read_best(tmp_path).get("val_loss", math.inf)
+        train.save_checkpoint(tmp_path, step, state, keep=1, best_loss=loss if best else None)
+    assert load_checkpoint(tmp_path / "best.json")[0]["step"] == 2
+    assert load_checkpoint(tmp_path)[0]["step"] == 4
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step-00000002.pt", "step-00000004.pt"]
 
 
@@ -272,7 +266,7 @@ def test_a_kill_at_any_call_of_a_save_loses_nothing(run, call_number):
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     whole = [step for step in (5, 10, 15, 20, 25) if (run / f"step-{step:08d}.json").exists() and state_of(run, step)]
-    assert len(whole) >= 2 and whole[-1] == train.load_checkpoint(run)[0]["step"] >= 20
+    assert len(whole) >= 2 and whole[-1] == load_checkpoint(run)[0]["step"] >= 20
     assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
 
 
@@ -283,19 +277,19 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_is_w
         told = refused(train, "--out", run, "--resume", "--steps", 30)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot save in" in told and "make room and --resume" in told
-    assert train.load_checkpoint(run)[0]["step"] == 20
+    assert "cannot save in" in told and "free some space and --resume" in told
+    assert load_checkpoint(run)[0]["step"] == 20
     assert not list(run.glob("*.partial"))
 
 
 def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monkeypatch, capsys):
     save_checkpoint, steps = train.save_checkpoint, []
 
-    def once_without_room(run, step, state, keep):
+    def once_without_room(run, step, *more):
         steps.append(step)
         if step == 5:
             raise OSError("no room")
-        save_checkpoint(run, step, state, keep)
+        save_checkpoint(run, step, *more)
 
     monkeypatch.setattr(train, "save_checkpoint", once_without_room)
     call(train, *TINY, "--data", data, "--out", "r", "--steps", 15, "--save_every", 5)
@@ -303,13 +297,13 @@ def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monk
     assert steps == [5, 10, 15] and [state_of(tmp_path / "r", step)["step"] for step in (10, 15)] == [10, 15]
 
 
-def test_metrics_that_cannot_be_written_do_not_stop_a_run(tmp_path, capsys):
-    metrics = train.Metrics(tmp_path, 0)
-    metrics.file = open("/dev/full", "w")  # noqa: SIM115
-    metrics.write(step=7, loss=1.0)
+def test_metrics_that_cannot_be_written_do_not_stop_a_run(alone, tmp_path, capsys):
+    log = train.Log(train.Config(out=str(tmp_path)), None, 0, None, 0.0)
+    log.file = open("/dev/full", "w")  # noqa: SIM115
+    log.record(step=7, loss=1.0)
     assert "the metrics of step 7 are lost: [Errno 28]" in capsys.readouterr().err
     with contextlib.suppress(OSError):
-        metrics.file.close()
+        log.file.close()
 
 
 def test_a_second_signal_during_the_save_does_not_break_it(call, data, tmp_path, monkeypatch):
@@ -323,7 +317,7 @@ def test_a_second_signal_during_the_save_does_not_break_it(call, data, tmp_path,
     monkeypatch.setattr(train, "save_checkpoint", interrupted)
     call(train, *TINY, "--data", data, "--out", "r", "--steps", 50, "--save_every", 7)
     step = max(rows(tmp_path / "r", "loss"))
-    assert step < 50 and train.load_checkpoint(tmp_path / "r")[0]["step"] == step
+    assert step < 50 and load_checkpoint(tmp_path / "r")[0]["step"] == step
 
 
 def damage(path: Path, how: str) -> None:
@@ -337,7 +331,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["empty", "100 bytes", "half", "all but one", "bit 1", "bit 2", "bit 3"])
 def test_a_damaged_checkpoint_is_passed_over_by_name(run, capsys, how):
     damage(run / "step-00000020.pt", how)
-    state, _ = train.load_checkpoint(run)
+    state, _ = load_checkpoint(run)
     assert state["step"] == 15
     assert "damaged:" in (printed := capsys.readouterr().err) and "step-00000020" in printed
 
@@ -345,7 +339,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(run, capsys, how):
 def test_a_damaged_best_json_is_replaced_and_harms_nothing(run, call):
     (run / "best.json").write_bytes(b"\xff{")
     call(train, "--out", run, "--resume", "--steps", 30)
-    assert train.load_checkpoint(run / "best.json")[0]["step"] == 30
+    assert load_checkpoint(run / "best.json")[0]["step"] == 30
 
 
 @pytest.mark.parametrize(
@@ -353,18 +347,18 @@ def test_a_damaged_best_json_is_replaced_and_harms_nothing(run, call):
 )
 def test_a_damaged_json_makes_a_checkpoint_not_exist(run, capsys, record):
     (run / "step-00000020.json").write_bytes(record)
-    assert train.load_checkpoint(run)[0]["step"] == 15
+    assert load_checkpoint(run)[0]["step"] == 15
 
 
 def test_a_checkpoint_whose_json_was_not_written_does_not_exist(run):
     (run / "step-00000020.json").unlink()
-    assert train.load_checkpoint(run)[0]["step"] == 15
+    assert load_checkpoint(run)[0]["step"] == 15
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_stops(run, refused):
     for path in run.glob("*.pt"):
         damage(path, "half")
-    assert "no whole checkpoint is left" in refused(train, "--out", run, "--resume")
+    assert "no intact checkpoint left" in refused(train, "--out", run, "--resume")
 
 
 def test_a_checkpoint_never_executes_anything(run, refused, tmp_path):
@@ -380,7 +374,7 @@ def test_a_checkpoint_never_executes_anything(run, refused, tmp_path):
             path.write_bytes(payload) if payload else torch.save({"model": Bomb()}, path)
             digest = prepare.sha256_of(path)
             record.write_text(json.dumps({"step": 1, "file": path.name, "sha256": digest}))
-        assert "no whole checkpoint" in refused(train, "--out", run, "--resume")
+        assert "no intact checkpoint" in refused(train, "--out", run, "--resume")
     assert not (tmp_path / "executed").exists()
 
 
@@ -391,10 +385,8 @@ def test_help_explains_every_setting(capsys, call):
     with pytest.raises(SystemExit):
         call(train, "--help")
     printed = capsys.readouterr().out
-    for cls in (train.TrainConfig, GPTConfig):
-        for f in dataclasses.fields(cls):
-            flag = re.search(rf"^  --{f.name}[ ,].*\n? +\w", printed, re.MULTILINE)
-            assert f.name == "model" or (flag and train.settings(cls)[f.name][1])
+    for f in dataclasses.fields(train.Config):
+        assert re.search(rf"^  --{f.name}[ ,].*\n? +\w", printed, re.MULTILINE), f.name
 
 
 def test_the_config_of_a_run_makes_the_same_run(run, call, tmp_path):
@@ -409,7 +401,7 @@ def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path
     (tmp_path / "c.json").write_text(json.dumps(settings))
     call(train, *TINY[2:], "--config", "c.json", "--seed", 6, "--steps", 2, "--data", data, "--out", "r")
     config = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert (config["steps"], config["seed"], config["model"]["n_layer"], config["model"]["n_embd"]) == (2, 6, 1, 32)
+    assert (config["steps"], config["seed"], config["n_layer"], config["n_embd"]) == (2, 6, 1, 32)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +417,7 @@ def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path
         (["--resume"], "there is no run in runs/"),
         (["--init", "nowhere"], "no checkpoint"),
         (["--batch_tokens", 100], "use 64 or 128"),
-        (["--batch_tokens", 10], "use 64,"),
+        (["--batch_tokens", 10], "use 64"),
         (["--n_embd", 30, "--n_head", 4], "n_embd 30 is not divisible by n_head 4"),
         (["--vocab_size", 100], "vocabulary of 100"),
         (["--seq_len", 4096, "--batch_tokens", 16384], "fewer than a window"),
@@ -462,7 +454,7 @@ def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path
     for name, seed, tokenizer in (("other", 3, "byte"), ("bpe", 0, "bpe:300")):
         (tmp_path / f"{name}.txt").write_text(words(3000, seed))
         call(prepare, f"{name}.txt", "--tokenizer", tokenizer)
-    assert "not the data set that this run began with" in refused(
+    assert "not the data set that this run started with" in refused(
         train, "--out", run, "--resume", "--data", "data/other"
     )
     assert "not with the checkpoint's tokenizer" in refused(
@@ -475,13 +467,18 @@ def test_the_whole_way_from_the_shell(tmp_path):
     (tmp_path / "my.txt").write_text(words(3000), encoding="utf-8")
     tiny = [*TINY, "--data", "data/my"]
     for script, arguments, told in (
-        ("model.py", [], "124,439,808"),
         ("prepare.py", ["my.txt", "--tokenizer", "bpe:300"], "vocabulary of 300"),
-        ("train.py", [*tiny, "--steps", 4, "--stop_at", 2], "to go on: python train.py --out runs/toy-1 --resume"),
+        ("train.py", [*tiny, "--steps", 4, "--stop_at", 2], "to continue: python train.py --out runs/toy-1 --resume"),
         ("train.py", ["--resume"], "bits per byte"),
-        ("train.py", [*tiny, "--steps", 2], "the run lies in runs/toy-2"),
+        ("train.py", [*tiny, "--steps", 2], "the run is in runs/toy-2"),
         ("sample.py", ["runs/toy-1", "--prompt", "the small ", "--tokens", 20, "--seed", 1], "the small "),
     ):
-        done = shell(script, *arguments, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert told in done.stdout + done.stderr
+        assert told in shell(script, *arguments, cwd=tmp_path).printed
+
+
+def test_a_run_of_an_earlier_version_resumes_bit_for_bit(call, data, tmp_path):
+    """golden/run-2026-11 stopped at step 4 of 10. losses.json has what the version that made it went on to compute."""
+    shutil.copytree(Path(__file__).with_name("golden") / "run-2026-11", tmp_path / "old")
+    call(train, "--out", "old", "--resume", "--data", data)
+    expected = {int(step): loss for step, loss in json.loads((tmp_path / "old" / "losses.json").read_text()).items()}
+    assert rows(tmp_path / "old", "loss") == pytest.approx(expected, abs=1e-5)

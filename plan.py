@@ -1,0 +1,262 @@
+"""Estimate what a run will take before it starts: time, memory, network traffic, failures.
+
+    python train.py --plan                                           this machine, from a few measured steps
+    python train.py --plan --preset llama3-8b --gpus 8 --shard 8     a cluster, from published figures
+
+All flags of train.py apply. Nothing else in the project needs this file.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import prepare
+import train
+from model import GPT
+from prepare import fail
+from train import ACCELERATORS, Config, clock, muon_matrices
+
+# Assumptions about clusters: nodes of eight GPUs with a 400 Gbit/s port each, and as many failures as Meta reported for
+# the training of Llama 3.
+NODE_GPUS, NODE_LINK, HOP_SECONDS = 8, 400e9, 10e-6
+FAILURES_PER_GPU_DAY, RESTART_SECONDS, COPY_BYTES_PER_SECOND = 4.74e-4, 600.0, 20e9
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formulas
+
+
+def predicted_loss(n_params: float, tokens: float) -> float:
+    """Nats per token of web text (Hoffmann et al., 2022, with the fit corrected by Besiroglu et al. in 2404.10102)."""
+    return 1.8172 + 482.01 / n_params**0.3478 + 2085.43 / tokens**0.3658
+
+
+def optimal_tokens(n_params: float) -> float:
+    """The number of tokens at which that loss needs the least compute, 6 x parameters x tokens."""
+    return (0.3658 * 2085.43 / (0.3478 * 482.01) * n_params**0.3478) ** (1 / 0.3658)
+
+
+def product_bytes(config: Config) -> int:
+    """Size of a number in matrix products, and so in activations."""
+    return 4 if config.dtype == "float32" else 2
+
+
+def activations_per_token(config: Config) -> int:
+    """Numbers that a forward pass keeps for the backward pass per token of a full sequence, without the logits."""
+    c = config
+    heads, kv_heads = c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim
+    attention = 2 * c.n_embd + 2 * heads + kv_heads  # norm input and output; queries, keys, values, attention output
+    attention += (c.qk_norm + (c.position == "rope")) * (heads + kv_heads // 2)  # queries and keys at each stage
+    if c.attention_cap:
+        attention += 5 * c.n_head * c.seq_len  # the scores at each stage of capped attention
+    mlp = c.n_embd + (4 if c.gated else 2) * c.n_inner  # input; gate, up, activation, product; or up, activation
+    visits = c.n_expert_active if c.n_expert else 1
+    experts = 2 * c.n_embd * visits if c.n_expert else 0  # gathered tokens, and outputs before the gates
+    return c.n_layer * (attention + c.n_embd + visits * mlp + experts + 2 * c.n_embd * c.post_norm)
+
+
+def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
+    """Bytes on each device, by part."""
+    n, tokens, size = model.n_params(), config.micro_batch * config.seq_len, product_bytes(config)
+    matrices = sum(p.numel() for p in muon_matrices(model, config))
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    # In addition to the float32 weights: with shards, two blocks gathered in the run's dtype; else autocast's copies.
+    copies = 2 * size * block if shard > 1 else size * n if config.dtype != "float32" else 0
+    return {
+        "weights": 4 * n / shard + copies,
+        "gradients": 4 * n / shard,
+        "optimizer": (4 * matrices + 8 * (n - matrices)) / shard,
+        "activations": size * tokens * activations_per_token(config),
+        "logits": (8 + size) * tokens * config.vocab_size,  # logits, their softmax, their gradient
+    }
+
+
+def checkpoint_bytes(model: GPT, config: Config) -> float:
+    """Size of the weights and the whole optimizer state, however they are sharded."""
+    return 4 * model.n_params() + memory_parts(model, config, shard=1)["optimizer"]
+
+
+def compute_seconds(model: GPT, config: Config, gpu: str, gpus: int, mfu: float) -> float:
+    """Seconds of computation per step at a share `mfu` of the published peak."""
+    return model.flops_per_token() * config.batch_tokens / (gpus * ACCELERATORS[gpu].flops * mfu)
+
+
+def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute: float) -> tuple[float, float]:
+    """Seconds that a step's traffic takes on the slowest link, and how many of them do not overlap with `compute`
+    seconds of computation. Weights travel in the run's dtype, gradients in float32, Muon's updates one by one."""
+    shard, n, size = config.shard, model.n_params(), product_bytes(config)
+    n_micro = max(1, config.batch_tokens / gpus / (config.micro_batch * config.seq_len))
+    muon_bytes = size * sum(p.numel() for p in muon_matrices(model, config))
+    inside = link if shard <= NODE_GPUS else NODE_LINK
+    across = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
+
+    def ring(payload: float, members: int, width: float) -> float:  # an all-gather or a reduce-scatter
+        return payload * (members - 1) / members / width + (members - 1) * HOP_SECONDS
+
+    gathered = 2 * n_micro * ring(size * n, shard, inside)  # in forward and in backward
+    averaged = n_micro * ring(4 * n, shard, inside) + 2 * ring(4 * n / shard, gpus // shard, across)
+    updates = ring(muon_bytes, shard, inside) + (gpus > 1) * muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK)
+    last_backward = compute * 2 / 3 / n_micro  # DDP averages in this one, all but the last bucket of 25 MiB
+    overlap = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / (4 * n))
+    return gathered + averaged + updates, max(0.0, gathered + averaged - overlap) + updates
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def cluster_plan(config: Config, gpu: str, gpus: int, mfu: float, data_tokens: int | None) -> Iterator[str]:
+    """The plan of a run on a cluster, line by line, then warnings."""
+    with torch.device("meta"):
+        model = GPT(config)
+    device, shard, warnings = ACCELERATORS[gpu], config.shard, []
+    n, active, flops = model.n_params(), model.n_active_params(), model.flops_per_token()
+    yield f"machine    {gpus:,} x {gpu}, {device.flops * mfu / 1e12:,.0f} TFLOP/s each: {mfu:.0%} of the peak, assumed"
+    yield f"model      {n:,} parameters, {active:,} active; {flops:,} FLOP per token"
+
+    tokens = config.steps * config.batch_tokens
+    loss, optimal = predicted_loss(active, tokens), optimal_tokens(active)
+    critical = 2e8 / loss**4.76  # Kaplan et al., 2020
+    yield f"tokens     {tokens:.3g} in {config.steps:,} steps; compute-optimal are {optimal:.3g}"
+    yield f"loss       {loss:.2f} by the scaling law of dense models on web text, extrapolated above 16B parameters"
+    if config.batch_tokens > critical:
+        warnings.append(f"batches above the critical size, about {critical:,.0f} tokens at this loss, gain little")
+    if data_tokens:
+        yield f"data       {data_tokens:,} tokens: {tokens / data_tokens:.2f} epochs"
+        if tokens > 4 * data_tokens:  # Muennighoff et al., 2023
+            warnings.append("the data runs out: after about four epochs, repeated text teaches little")
+
+    compute = compute_seconds(model, config, gpu, gpus, mfu)
+    traffic, waiting = traffic_seconds(model, config, gpus, device.link, compute)
+    seconds = compute + waiting
+    days = config.steps * seconds / 86400
+    yield f"compute    {flops * tokens:.3g} FLOP, {compute:,.3g} s per step"
+    yield f"network    {traffic:,.3g} s per step on the slowest link; {waiting:,.3g} s do not overlap with compute"
+    speed = f"{seconds:,.3g} s per step, {config.batch_tokens / seconds:,.0f} tokens/s"
+    yield f"time       {speed}: {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
+    sequences, per_gpu = config.batch_tokens // config.seq_len, config.batch_tokens / gpus
+    if gpus > sequences:
+        warnings.append(f"{gpus:,} GPUs share {sequences:,} sequences per step, so that some have none")
+    if traffic > compute:
+        enough = f"about {per_gpu * traffic / compute:,.0f} would"
+        warnings.append(f"{per_gpu:,.0f} tokens per GPU and step do not hide the traffic; {enough}")
+    if gpus > sequences or traffic > compute:
+        warnings.append("data parallelism ends here; larger clusters add tensor, pipeline and expert parallelism")
+
+    parts = memory_parts(model, config, shard)
+    used, listed = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
+    yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {listed}"
+    if used > device.memory:
+        divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
+        smallest = next((s for s in divisors if sum(memory_parts(model, config, s).values()) <= device.memory), None)
+        too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB with any --shard"
+        warnings.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
+
+    failures, state = FAILURES_PER_GPU_DAY * gpus, checkpoint_bytes(model, config)
+    between, stall = 86400 / failures, state / COPY_BYTES_PER_SECOND
+    interval = clock(math.sqrt(2 * stall * between))  # Young, 1974
+    lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
+    yield f"failures   {failures:,.2g} per day, assumed; at best {lost:.1%} of the time is lost, with a checkpoint of"
+    yield f"           {state / 1e9:,.1f} GB every {interval} and restarts of {clock(RESTART_SECONDS)}, assumed"
+    if state > 1e12:
+        warnings.append(f"rank 0 gathers a checkpoint of {state / 1e12:.1f} TB; other programs write it in shards")
+    if lost > 0.1:
+        warnings.append(f"failures take {lost:.0%} of the time")
+    yield from (f"warning    {warning}" for warning in warnings)
+
+
+def print_cluster_plan(given: dict, asked: argparse.Namespace) -> None:
+    config = train.build_config(given)
+    if asked.gpus < 1 or asked.gpus % config.shard:
+        fail(f"--gpus {asked.gpus} is not a multiple of --shard {config.shard}")
+    meta = {}
+    if Path(config.data, "meta.json").exists():
+        meta, _ = prepare.load_dataset(config.data, verify=False)
+    config.vocab_size = config.vocab_size or meta.get("vocab_size")
+    if config.vocab_size is None:
+        fail(f"{config.preset} takes its vocabulary from its data set, but {config.data} is missing: give --vocab_size")
+    print(f"plan for {config.preset}")
+    data_tokens = meta["train"]["tokens"] if meta and "data" in given else None
+    print("\n".join(cluster_plan(config, asked.gpu, asked.gpus, asked.mfu, data_tokens)))
+
+
+def peak_memory() -> float:
+    """Peak main memory of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def local_plan(given: dict) -> None:
+    """Train a few steps in a temporary folder, and print what the whole run will take on this machine."""
+    config = train.build_config(given)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = {"out": folder, "stop_at": min(5, config.steps), "log_every": 1, "eval_tokens": 1, "keep": 1}
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train.train({**given, **trial, "out": train.from_rank_0(folder)}, resume=False)
+        if dist.get_rank() > 0:
+            return
+        config = train.build_config({**train.read_settings(Path(folder, "config.json")), "stop_at": None})
+        rows = [json.loads(row) for row in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    speeds = [row["tokens_per_second"] for row in rows if "loss" in row]
+    seconds = config.batch_tokens / statistics.median(speeds[1:] or speeds)  # the first step warms up
+    n_val = prepare.load_dataset(config.data, verify=False)[0]["val"]["tokens"]
+    evaluated = min(given.get("eval_tokens", Config.eval_tokens), n_val) * math.ceil(config.steps / config.eval_every)
+    evaluation = evaluated * seconds / config.batch_tokens / 3  # a forward pass is a third of a step
+    with torch.device("meta"):
+        model = GPT(config)
+    parts = memory_parts(model, config, config.shard)
+    if config.device == "cpu" or not torch.accelerator.is_available():  # the program and a copy for the checkpoint
+        parts |= {
+            "program": max(0.0, peak_memory() - sum(parts.values())),
+            "checkpoint": checkpoint_bytes(model, config),
+        }
+    memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
+    tokens, total = config.steps * config.batch_tokens, config.steps * seconds + evaluation
+    print(f"plan for {config.preset} on this machine: {dist.get_world_size()} processes, {config.dtype}")
+    print(f"tokens   {tokens:.3g}; compute-optimal are {optimal_tokens(model.n_active_params()):.3g}, on web text")
+    print(f"time     {clock(total)}: {config.steps:,} steps of {seconds:.3g} s, {clock(evaluation)} of evaluation")
+    print(f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}")
+
+
+def main() -> None:
+    parser = train.make_parser()
+    group = parser.add_argument_group("planning")
+    group.add_argument("--gpus", type=int, metavar="INT", help="plan for a cluster with this number of GPUs")
+    group.add_argument("--gpu", choices=ACCELERATORS, default="H100", type=str.upper, help="kind of GPU (H100)")
+    group.add_argument("--mfu", type=float, metavar="FLOAT", default=0.4, help="share of their peak to assume (0.4)")
+    group.add_argument(
+        "--tokens", type=float, metavar="FLOAT", help="train on this number of tokens instead of --steps"
+    )
+    given = vars(parser.parse_args())
+    asked = argparse.Namespace(**{name: given.pop(name, None) for name in ("gpus", "gpu", "mfu", "tokens")})
+    for name in ("plan", "resume"):
+        given.pop(name, None)
+    if "config" in given:
+        given = {**train.read_settings(given.pop("config")), **given}
+    if not 0 < asked.mfu <= 1:
+        fail(f"--mfu {asked.mfu} is not in (0, 1]")
+    if asked.tokens is not None:
+        if not 1 <= asked.tokens < 1e18:
+            fail(f"--tokens {asked.tokens} is not between 1 and 1e18")
+        given["steps"] = math.ceil(asked.tokens / train.build_config(given).batch_tokens)
+    if asked.gpus is not None:
+        print_cluster_plan(given, asked)
+    else:
+        train.launch(local_plan, given)
+
+
+if __name__ == "__main__":
+    main()

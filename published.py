@@ -1,0 +1,363 @@
+"""Published models: read and write folders in the layout of Hugging Face's transformers, which most tools understand.
+
+    python published.py --export my_model runs/toy-1                    write a run's model, tokenizer included
+    python sample.py downloads/Qwen3-0.6B --prompt 'Once upon a time'   sample from a published model
+    python train.py --init downloads/Qwen3-0.6B --data data/mine        or fine-tune it
+
+A folder holds config.json (the architecture's settings), model.safetensors (its weights) and tokenizer.json. Each
+family of models is one row of FAMILIES: a table from our names to theirs. What has no counterpart is refused by name,
+in both directions. Reading and writing model.safetensors needs `pip install safetensors`.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from model import GPT, GPT2, GPTConfig, empty_model, load_checkpoint, model_settings, model_with
+from prepare import (
+    END_OF_TEXT,
+    byte_letters,
+    fail,
+    load_published_tokenizer,
+    tokenizer_from_dict,
+    tokenizer_to_dict,
+    write_json,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading any model: a run of ours or a published folder
+
+
+def load_source(path: str | Path) -> tuple[dict, Path]:
+    """The state of a run, a checkpoint or a published folder, and where it was found. A published folder has step 0 and
+    no optimizer state. Ends the program if nothing can be loaded."""
+    folder = Path(path)
+    try:
+        published = "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        published = False
+    if not published:
+        return load_checkpoint(path)
+    try:
+        config, weights = load_published(folder)
+    except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
+        fail(f"cannot load {folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    tokenizer = tokenizer_to_dict(load_published_tokenizer(folder))
+    return {"step": 0, "model": weights, "config": asdict(config), "tokenizer": tokenizer}, folder
+
+
+def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, Path]:
+    """The model on the CPU, its tokenizer, and where they were found. Ends the program on failure."""
+    state, source = load_source(path)
+    try:
+        return (
+            model_with(GPTConfig(**model_settings(state["config"])), state["model"]),
+            tokenizer_from_dict(state["tokenizer"]),
+            source,
+        )
+    except Exception as error:  # noqa: BLE001 - as above
+        fail(f"{source} holds no model ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families of models
+
+
+@dataclass
+class Family:
+    """How transformers names the settings and weights of an architecture."""
+
+    architecture: str  # its class in transformers
+    base: dict  # our settings where its config.json says nothing
+    settings: dict[str, str]  # our setting: its name in config.json (several names, separated by spaces, get one value)
+    modules: dict[str, str]  # our module: theirs, with * for the number of a layer or an expert
+    required: dict  # settings that we have no switch for, and the only value that we can handle
+    transposed: bool = False  # weight matrices in blocks are stored as [in, out]
+
+    def is_transposed(self, tensor: Tensor, ours: str) -> bool:
+        return self.transposed and tensor.ndim == 2 and ours.startswith("blocks")
+
+
+# fmt: off
+LLAMA_SETTINGS = {
+    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "head_dim": "head_dim", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
+    "activation": "hidden_act", "tied": "tie_word_embeddings",
+}
+LLAMA_MODULES = {
+    "embedding": "model.embed_tokens",
+    "blocks.*.attention_norm": "model.layers.*.input_layernorm",
+    "blocks.*.attention.query": "model.layers.*.self_attn.q_proj",
+    "blocks.*.attention.key": "model.layers.*.self_attn.k_proj",
+    "blocks.*.attention.value": "model.layers.*.self_attn.v_proj",
+    "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
+    "blocks.*.attention.query_norm": "model.layers.*.self_attn.q_norm",
+    "blocks.*.attention.key_norm": "model.layers.*.self_attn.k_norm",
+    "blocks.*.mlp_norm": "model.layers.*.post_attention_layernorm",
+    "blocks.*.mlp.gate": "model.layers.*.mlp.gate_proj",
+    "blocks.*.mlp.up": "model.layers.*.mlp.up_proj",
+    "blocks.*.mlp.down": "model.layers.*.mlp.down_proj",
+    "blocks.*.mlp.router": "model.layers.*.mlp.gate",
+    "blocks.*.mlp.experts.*.gate": "model.layers.*.mlp.experts.*.gate_proj",
+    "blocks.*.mlp.experts.*.up": "model.layers.*.mlp.experts.*.up_proj",
+    "blocks.*.mlp.experts.*.down": "model.layers.*.mlp.experts.*.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+LLAMA_REQUIRED = {"rope_type": "default", "type": "default", "sliding_window": None, "use_sliding_window": False}
+
+FAMILIES: dict[str, Family] = {  # by the model_type in config.json; export takes the first of the best matches
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        base=GPT2,
+        settings={
+            "vocab_size": "vocab_size", "seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
+            "n_embd": "n_embd", "n_inner": "n_inner", "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function", "tied": "tie_word_embeddings",
+        },
+        modules={
+            "embedding": "transformer.wte",
+            "positions": "transformer.wpe",
+            "blocks.*.attention_norm": "transformer.h.*.ln_1",
+            "blocks.*.attention.query": "transformer.h.*.attn.c_attn",  # query, key and value are stacked in one
+            "blocks.*.attention.key": "transformer.h.*.attn.c_attn",
+            "blocks.*.attention.value": "transformer.h.*.attn.c_attn",
+            "blocks.*.attention.out": "transformer.h.*.attn.c_proj",
+            "blocks.*.mlp_norm": "transformer.h.*.ln_2",
+            "blocks.*.mlp.up": "transformer.h.*.mlp.c_fc",
+            "blocks.*.mlp.down": "transformer.h.*.mlp.c_proj",
+            "norm": "transformer.ln_f",
+            "head": "lm_head",
+        },
+        required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        transposed=True,
+    ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        base={"qk_norm": False},
+        settings=LLAMA_SETTINGS | {"bias": "attention_bias mlp_bias"},
+        modules=LLAMA_MODULES,
+        required=LLAMA_REQUIRED,
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", {}, LLAMA_SETTINGS, LLAMA_MODULES, LLAMA_REQUIRED),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        base={"renormalise": False},
+        settings=LLAMA_SETTINGS | {
+            "n_inner": "moe_intermediate_size", "n_expert": "num_experts num_local_experts",
+            "n_expert_active": "num_experts_per_tok", "renormalise": "norm_topk_prob",
+        },
+        modules=LLAMA_MODULES,
+        required=LLAMA_REQUIRED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        base={"qk_norm": False, "n_expert": 8},
+        settings=LLAMA_SETTINGS | {"n_expert": "num_local_experts", "n_expert_active": "num_experts_per_tok"},
+        modules=LLAMA_MODULES | {
+            "blocks.*.mlp.router": "model.layers.*.block_sparse_moe.gate",
+            "blocks.*.mlp.experts.*.gate": "model.layers.*.block_sparse_moe.experts.*.w1",
+            "blocks.*.mlp.experts.*.up": "model.layers.*.block_sparse_moe.experts.*.w3",
+            "blocks.*.mlp.experts.*.down": "model.layers.*.block_sparse_moe.experts.*.w2",
+        },
+        required=LLAMA_REQUIRED,
+    ),
+}
+# fmt: on
+THEIR_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+NOT_WEIGHTS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # masks and angles, in older files
+ONLY_IN_TRAINING = ("dropout", "balance_loss", "router_z_loss")  # settings that do not change what a model computes
+
+
+def layout(family: Family, model: GPT) -> dict[str, list[str]]:
+    """{name of a tensor in their file: names of our parameters that are stacked in it}"""
+    names = defaultdict(list)
+    for name, _ in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        theirs = family.modules[re.sub(r"\d+", "*", module)]
+        for number in re.findall(r"\d+", module):
+            theirs = theirs.replace("*", number, 1)
+        names[f"{theirs}.{kind}"].append(name)
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a folder
+
+
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors or pytorch_model.bin, or of the parts listed in their index. Files are memory
+    mapped: a tensor takes memory only when it is used. Nothing in them is executed."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        paths = [folder / name]
+        if (index := folder / f"{name}.index.json").exists():
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            paths = sorted({folder / Path(part).name for part in parts})
+        if not paths[0].exists():
+            continue
+        if name == "pytorch_model.bin":
+            files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
+        else:
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise ValueError(f"{paths[0]} needs safetensors: pip install safetensors") from None
+            files = [load_file(path) for path in paths]
+        return {name: tensor for file in files for name, tensor in file.items()}
+    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def read_config(folder: Path) -> tuple[GPTConfig, Family]:
+    """Our config for their config.json. Raises ValueError for a setting that we have no switch for."""
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for nested in ("rope_parameters", "rope_scaling"):  # rotary settings in newer and older files
+        theirs |= theirs.get(nested) or {}
+    family = FAMILIES.get(theirs["model_type"])
+    if family is None:
+        raise ValueError(f"{folder} holds a {theirs['model_type']!r}, none of {', '.join(FAMILIES)}")
+    for name, value in family.required.items():
+        if theirs.get(name, value) != value:
+            raise ValueError(f"the {name} of {folder} is {theirs[name]!r}, for which there is no switch here")
+    chosen = dict(family.base)
+    for ours, names in family.settings.items():
+        for name in names.split():
+            if theirs.get(name) is not None:
+                chosen[ours] = theirs[name]
+    chosen["activation"] = THEIR_GELU.get(chosen["activation"], chosen["activation"])
+    return GPTConfig(**chosen), family
+
+
+def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config and the weights, under our names, of a model in Hugging Face's layout. Raises ValueError if it belongs
+    to none of FAMILIES, or if a tensor is missing, left over or of another shape."""
+    config, family = read_config(folder)
+    tensors = {name: tensor for name, tensor in open_tensors(folder).items() if not NOT_WEIGHTS.fullmatch(name)}
+    if "wte.weight" in tensors:  # GPT-2 as OpenAI's own files name it
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    if config.tied:
+        tensors.pop("lm_head.weight", None)  # some files store a tied head as well
+    model = empty_model(config, len(tensors))
+    names = layout(family, model)
+    for problem, difference in (
+        ("misses", names.keys() - tensors.keys()),
+        ("also holds", tensors.keys() - names.keys()),
+    ):
+        if difference:
+            raise ValueError(f"{folder} {problem} {min(difference)} and {len(difference) - 1} other tensors")
+    weights = {}
+    for theirs, ours in names.items():
+        tensor = tensors.pop(theirs)
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{theirs} in {folder} has the dtype {tensor.dtype}, which is not supported")
+        if family.is_transposed(tensor, ours[0]):
+            tensor = tensor.T.contiguous()
+        for name, part in zip(ours, tensor.chunk(len(ours))):
+            shape = model.get_parameter(name).shape
+            if part.shape != shape:
+                raise ValueError(f"{theirs} in {folder} gives {name} the shape {list(part.shape)}, not {list(shape)}")
+            weights[name] = part
+    return config, weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing a folder
+
+
+def missing_in(family: Family, config: GPTConfig) -> list[str]:
+    """The settings of `config` that the family cannot express."""
+    expressed = {name: getattr(config, name) for name in (*family.settings, *ONLY_IN_TRAINING)}
+    nearest = GPTConfig(**{**family.base, **expressed})
+    return [f.name for f in fields(GPTConfig) if getattr(nearest, f.name) != getattr(config, f.name)]
+
+
+def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors for the family that can express `config`. Raises ValueError if none can.
+    The inverse of load_published."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("writing model.safetensors needs safetensors: pip install safetensors") from None
+    model_type = min(FAMILIES, key=lambda name: len(missing_in(FAMILIES[name], config)))
+    family = FAMILIES[model_type]
+    if missing := missing_in(family, config):
+        listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
+        raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {listed}")
+    theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32"}
+    for ours, names in family.settings.items():
+        value = "gelu_new" if getattr(config, ours) == "gelu_tanh" else getattr(config, ours)
+        theirs |= dict.fromkeys(names.split(), value)
+    tensors = {}
+    for name, ours in layout(family, model_with(config, weights)).items():
+        tensor = torch.cat([weights[part] for part in ours])
+        if family.is_transposed(tensor, ours[0]):
+            tensor = tensor.T
+        tensors[name] = tensor.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", theirs)
+
+
+def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding) -> None:
+    """Write tokenizer.json and tokenizer_config.json, with which Hugging Face's libraries produce the same ids."""
+    letters = byte_letters()
+    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer._mergeable_ranks.items()}
+    # tiktoken merges any two neighbours that spell a token, so every way to split a token is a merge.
+    pairs = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
+    merges = [pair for pair in pairs if vocab.keys() >= set(pair)]
+    # The regular expressions there (Oniguruma) read {1,3}+ as a repetition and $ as the end of a line.
+    pattern = tokenizer._pat_str.replace("}+", "}").replace("$", r"\z")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    plain = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": token, "content": text, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for text, token in tokenizer._special_tokens.items()
+        ],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level] if merges else [byte_level]},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    write_json(folder / "tokenizer.json", plain)
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    write_json(folder / "tokenizer_config.json", names)
+
+
+def export(folder: Path, run: Path) -> None:
+    """Write the newest checkpoint of a run as a published model with its tokenizer."""
+    if folder.exists() and any(folder.iterdir()):
+        fail(f"{folder} is not empty: choose another folder to export to")
+    state, record = load_checkpoint(run)
+    try:
+        save_published(folder, GPTConfig(**model_settings(state["config"])), state["model"])
+        save_published_tokenizer(folder, tokenizer_from_dict(state["tokenizer"]))
+    except (ValueError, OSError) as error:
+        fail(f"cannot export {record.with_suffix('')}: {error}")
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"exported step {state['step']} of {record.parent} to {folder}: {names}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--export",
+        nargs=2,
+        type=Path,
+        metavar=("DIR", "RUN"),
+        required=True,
+        help="write a run's model for other tools",
+    )
+    export(*parser.parse_args().export)
+
+
+if __name__ == "__main__":
+    main()
