@@ -3,6 +3,7 @@
     python prepare.py                                    the default corpus: Python's own standard library
     python prepare.py book.txt notes/ --out data/mine    files and folders, combined into one data set
     python prepare.py pile.jsonl.gz --tokenizer gpt2     one document per record (field "text"), GPT-2's tokenizer
+    zcat dump.gz | python prepare.py - --out data/dump   text from a pipe
     python prepare.py play.txt --tokenizer byte --val_tail --val_fraction 0.1
 
 A data set is a folder:
@@ -11,14 +12,16 @@ A data set is a folder:
     data/mine/val-00000.npy ...     the same for the val split, the text held out from training
     data/mine/meta.json             the tokenizer, the sizes, and the SHA-256 of each shard
 
-meta.json is written last: a folder without it is not a data set. In the shards, each document is followed by the token
-<|endoftext|>. A document is a text file, or one record of a .jsonl, .jsonl.gz or .parquet file.
+The folder gets its name when it is complete; until then it is called data/mine.partial. In the shards, each document is
+followed by the token <|endoftext|>. A document is a text file, or one record of a .jsonl, .jsonl.gz, .json or .parquet
+file.
 
 Text is read in pieces of about a megabyte, so memory use stays small however large the input is:
 files -> documents -> pieces of text, each for one split -> token ids -> shards.
 """
 
 import argparse
+import atexit
 import base64
 import codecs
 import gzip
@@ -30,12 +33,14 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TextIO
@@ -47,10 +52,12 @@ import tiktoken
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val")
 DEFAULT_TOKENIZER = "bpe:4096"
-CONTAINERS = (".jsonl", ".jsonl.gz", ".parquet")  # one document per record; any other file is itself one document
+CONTAINERS = (".jsonl", ".ndjson", ".jsonl.gz", ".json", ".parquet")  # one document per record, else one per file
 PIECE_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 27
 BPE_SAMPLE_BYTES = 1 << 26  # a BPE tokenizer is trained on about this much text, sampled evenly from the input
+
+OUR_FILES = r"(train|val)-\d{5}\.npy|meta\.json(\.partial)?"
 
 Piece = tuple[str, str | None]  # a split and some text for it; None in place of text marks the end of a document
 
@@ -61,16 +68,21 @@ def prepare(
     tokenizer: str = DEFAULT_TOKENIZER,
     val_fraction: float | None = None,
     val_tail: bool = False,
+    field: str = "text",
 ) -> None:
     """Make the data set `out` from files, folders and URLs, or from the default corpus if `inputs` is empty.
 
-    The val split gets about `val_fraction` of the documents, or with `val_tail` that fraction of each document.
+    The val split gets about `val_fraction` of the documents, or with `val_tail` that fraction of each document. `field`
+    is the field of .jsonl, .json and .parquet records that holds their text.
     """
     out, say = Path(out), Console(sys.stderr).line
+    partial = out.with_name(out.name + ".partial")
     if val_fraction is None:
         val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
-    if (out / "meta.json").exists():
-        fail(f"{out} already holds a data set: remove it first, or choose another --out")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        fail(f"{out} already exists: remove it first, or choose another --out")
+    if foreign := [path for path in partial.glob("*") if not regex.fullmatch(OUR_FILES, path.name)]:
+        fail(f"{partial} is needed for unfinished data, but it holds {foreign[0].name}: choose another --out")
     if not 0 < val_fraction < 1:
         fail(f"--val_fraction {val_fraction} is not between 0 and 1")
     encoding = named_tokenizer(tokenizer)  # for bpe:N just the number N, since it is yet to be trained
@@ -79,33 +91,42 @@ def prepare(
     files = find_files(inputs, out.parent, skipped)
     if not files:
         fail(f"found no text to read: {'; '.join(skipped) or 'the folders hold no files'}")
-    if len(files) == 1 and not files[0].name.endswith(CONTAINERS) and not val_tail:
+    if len(files) == 1 and not is_container(files[0]) and not val_tail:
         say(f"{files[0]} is a single document: its last {val_fraction:.0%} is held out, as with --val_tail")
         val_tail = True
     total_bytes = sum(path.stat().st_size for path in files)
 
+    def pieces(skipped: Counter[str]) -> Iterator[Piece]:
+        return split_pieces(files, field, val_fraction, val_tail, skipped)
+
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for stale in [*out.glob("train-*.npy"), *out.glob("val-*.npy")]:  # left by an interrupted run
-            stale.unlink()
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+        partial.mkdir(parents=True)
         if isinstance(encoding, int):  # this reads all text twice; `skipped` counts only the second time
-            encoding = train_tokenizer(encoding, split_pieces(files, val_fraction, val_tail, Counter()), total_bytes)
-        splits = write_shards(out, encoding, split_pieces(files, val_fraction, val_tail, skipped), total_bytes)
+            encoding = train_tokenizer(encoding, pieces(Counter()), total_bytes)
+        splits = write_shards(partial, encoding, pieces(skipped), total_bytes)
 
         for what, count in skipped.most_common(20):
             say(f"skipped {what}" + (f" ({count:,})" if count > 1 else ""))
         if len(skipped) > 20:
             say(f"skipped in total: {skipped.total():,}")
+        if not any(sizes["documents"] for sizes in splits.values()):
+            fail(f"found no text: {'; '.join(list(skipped)[:3])}: give the field that holds the text with --field")
         for split, sizes in splits.items():
             if not sizes["tokens"]:
                 advice = "raise --val_fraction, or give --val_tail to hold out the end of each document"
                 fail(f"none of the documents fell into the {split} split: {advice}")
         meta = {"tokenizer": tokenizer_to_dict(encoding), "vocab_size": encoding.n_vocab, **splits}
-        write_json(out / "meta.json", meta | {"sources": inputs or ["the Python standard library"]})
+        write_json(partial / "meta.json", meta | {"sources": inputs or ["the Python standard library"]})
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
     except OSError as error:
         fail(f"cannot make the data set {out}: {error}")
     except KeyboardInterrupt:
-        fail(f"interrupted: {out} is not a data set yet; run the same command again")
+        fail(f"interrupted: there is no data set in {out} yet; run the same command again")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
     for split, sizes in splits.items():
         n_documents, n_bytes, n_tokens = sizes["documents"], sizes["bytes"], sizes["tokens"]
@@ -124,7 +145,7 @@ GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
     r"""|\s+(?!\S)|\s"""
 )
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+MAX_CHUNK = 256  # characters; longer chunks, as in a genome, are cut before training, which would take too long
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
 
@@ -139,6 +160,8 @@ def named_tokenizer(name: str) -> tiktoken.Encoding | int:
     if (match := regex.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > len(BYTES) + 1:
         return int(match[1])
     if Path(name).is_dir():
+        from published import load_published_tokenizer  # loads torch, so not at the top
+
         return load_published_tokenizer(Path(name))
     if name not in tiktoken.list_encoding_names():
         choices = f"byte, bpe:N with N above {len(BYTES) + 1}, the folder of a published model, or one of"
@@ -168,6 +191,10 @@ def train_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) 
     for i, (split, text) in enumerate(with_progress(texts, "reading for the tokenizer", total_bytes)):
         if split == "train" and i % sample_every == 0:
             chunk_counts.update(regex.findall(GPT4_PATTERN, text))
+    for chunk in [chunk for chunk in chunk_counts if len(chunk) > MAX_CHUNK]:
+        count = chunk_counts.pop(chunk)
+        for i in range(0, len(chunk), MAX_CHUNK):
+            chunk_counts[chunk[i : i + MAX_CHUNK]] += count
     ranks = train_bpe(chunk_counts, vocab_size - 1)
     return make_tokenizer(f"bpe:{len(ranks) + 1}", GPT4_PATTERN, ranks)
 
@@ -194,6 +221,7 @@ def train_bpe(chunk_counts: Counter[str], vocab_size: int) -> dict[bytes, int]:
     tokens, ranks = list(BYTES), dict(BYTES)
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
+    console = Console(sys.stderr, log_every=10)
     while heap and len(ranks) < vocab_size:
         negative_count, pair = heapq.heappop(heap)
         if -negative_count != pair_counts[pair]:
@@ -204,6 +232,7 @@ def train_bpe(chunk_counts: Counter[str], vocab_size: int) -> dict[bytes, int]:
         if token not in ranks:  # else another pair spelled the same bytes, and tiktoken has one token for both
             ranks[token] = len(tokens)
             tokens.append(token)
+            console.glimpse(f"learning tokens: {len(tokens):,} of {vocab_size:,}")
         changes: Counter[tuple[int, int]] = Counter()
         for i in chunks_with.pop(pair):
             for old in pairwise(chunks[i]):
@@ -231,8 +260,21 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Return the token ids [N] of text. If the text spells <|endoftext|>, that is encoded as ordinary characters."""
-    return tokenizer.encode_to_numpy(text, disallowed_special=())
+    """Return the token ids [N] of text. If the text spells <|endoftext|>, that is encoded as ordinary characters.
+
+    Bytes without a token, such as some control characters in SmolLM2's vocabulary, make tiktoken panic. They are left
+    out of their chunks, as in Hugging Face's library.
+    """
+    missing = missing_bytes(tokenizer)
+    if not missing or not set(missing) & set(text.encode()):
+        return tokenizer.encode_to_numpy(text, disallowed_special=())
+    chunks = (chunk.encode().translate(None, missing) for chunk in regex.findall(tokenizer._pat_str, text))
+    return np.array([token for chunk in chunks if chunk for token in tokenizer._encode_single_piece(chunk)], np.uint32)
+
+
+@cache
+def missing_bytes(tokenizer: tiktoken.Encoding) -> bytes:
+    return bytes(byte for byte in range(256) if bytes([byte]) not in tokenizer._mergeable_ranks)
 
 
 def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
@@ -259,55 +301,58 @@ def tokenizer_from_dict(plain: dict) -> tiktoken.Encoding:
     return make_tokenizer(plain["name"], plain["pattern"], ranks, plain["special_tokens"])
 
 
-def load_published_tokenizer(folder: Path) -> tiktoken.Encoding:
-    """Load a published model's tokenizer.json, Hugging Face's format. Only byte-level BPE is supported."""
-    path = folder / "tokenizer.json"
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        pre_tokenizer = plain["pre_tokenizer"] or {"pretokenizers": []}
-        steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])  # a sequence of steps, or one step on its own
-        if plain["model"]["type"] != "BPE" or "ByteLevel" not in [step["type"] for step in steps]:
-            raise ValueError("it is not byte-level BPE, the only kind that is supported")
-        patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
-        special = {token["content"]: token["id"] for token in plain["added_tokens"]}
-        ends = [name for name in (END_OF_TEXT, "<|end_of_text|>") if name in special]  # the second is Llama 3's
-        if not ends:
-            raise ValueError("it has no token that marks the end of a document")
-        bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-        vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special}
-        ranks = {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()}
-        special = {END_OF_TEXT: special.pop(ends[0]), **special}
-        return make_tokenizer(folder.name, patterns[0] if patterns else GPT2_PATTERN, ranks, special)
-    except Exception as error:  # noqa: BLE001 - a damaged file can make tiktoken fail in any way
-        fail(f"cannot use {path}: {error}")
-
-
-def byte_letters() -> dict[int, str]:
-    """The letter for each byte in tokenizer.json: the byte's own character if printable, else one from 256 up."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents: from file names to pieces of text, each assigned to a split
 
 
 def find_files(inputs: list[str], downloads: Path, skipped: Counter[str]) -> list[Path]:
-    """Return the usable files among the inputs, without hidden ones, folders in sorted order. Download URLs."""
+    """Return the usable files among the inputs, each once, without hidden ones, folders in sorted order. Download URLs
+    and copy pipes."""
     paths = [] if inputs else default_corpus()
     for name in inputs:
         path = download(name, downloads) if name.startswith(("http://", "https://")) else Path(name)
-        if path.is_dir():
-            visible = (p for p in path.rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts))
-            paths += sorted(p for p in visible if p.is_file())
+        if name == "-" or path.is_fifo():
+            paths.append(copy_of_pipe(sys.stdin.buffer if name == "-" else open(path, "rb")))
+        elif path.is_dir():
+            paths += sorted(files_below(path, skipped))
         elif path.exists():
             paths.append(path)
         else:
             fail(f"no such file or folder: {name}")
-    reasons = {path: why_unusable(path) for path in paths}
-    skipped.update(f"{path}: {reason}" for path, reason in reasons.items() if reason)
-    return [path for path in paths if not reasons[path]]
+    usable = {}
+    for path in paths:
+        reason = "given twice" if (real := os.path.realpath(path)) in usable else why_unusable(path)
+        if reason:
+            skipped[f"{path}: {reason}"] += 1
+        else:
+            usable[real] = path
+    return list(usable.values())
+
+
+def files_below(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
+    """Yield the files in a folder and in its subfolders. Follows links, but enters no folder twice."""
+    entered = set()
+
+    def unreadable(error: OSError) -> None:
+        skipped[f"{error.filename}: {error.strerror}"] += 1
+
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        if (real := os.path.realpath(here)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = (name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in names if not name.startswith("."))
+
+
+def copy_of_pipe(pipe: BinaryIO) -> Path:
+    """Copy a pipe, which can be read only once, to a file that is deleted when the program ends."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder, "pipe.txt")
+    with pipe, open(path, "wb") as file:
+        shutil.copyfileobj(pipe, file)
+    return path
 
 
 def default_corpus() -> list[Path]:
@@ -337,10 +382,12 @@ def download(url: str, folder: Path) -> Path:
 def why_unusable(path: Path) -> str | None:
     """Return the reason why a file cannot be used, or None. Text files are read through once to check their UTF-8."""
     try:
+        if not path.is_file():
+            return "not a regular file"
         with open(path, "rb") as file:
             if not file.peek(1):
                 return "empty"
-            if not path.name.endswith(CONTAINERS):
+            if not is_container(path):
                 for _ in codecs.iterdecode(iter(lambda: file.read(PIECE_BYTES), b""), "utf-8"):
                     pass
     except UnicodeDecodeError:
@@ -349,44 +396,62 @@ def why_unusable(path: Path) -> str | None:
         return error.strerror or str(error)
 
 
-def documents(path: Path, skipped: Counter[str]) -> Iterator[tuple[BinaryIO, int]]:
+def is_container(path: Path) -> bool:
+    return path.name.lower().endswith(CONTAINERS)
+
+
+def documents(path: Path, field: str, skipped: Counter[str]) -> Iterator[tuple[BinaryIO, int]]:
     """Yield each document of a file as a stream of UTF-8 and its size in bytes. Count unusable records as skipped."""
-    if not path.name.endswith(CONTAINERS):
+    if not is_container(path):
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno()).st_size
         return
+    n_unusable, example = 0, ""
     try:
         for record in records(path):
             try:
-                data = (json.loads(record) if isinstance(record, bytes) else record)["text"].encode()
-            except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, no text, or a lone surrogate in it
+                if isinstance(record, bytes):
+                    record = json.loads(record)
+                data = record[field].encode()
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # no JSON, no text, or no UTF-8
                 data = b""
             if data:
                 yield io.BytesIO(data), len(data)
             else:
-                skipped[f"{path}: records without usable text"] += 1
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # from damaged gzip and parquet files
+                n_unusable += 1
+                if isinstance(record, dict) and field not in record:
+                    example = f", one has {', '.join(map(str, record))}"
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:  # a damaged file
         skipped[f"{path}: unreadable from some record on ({error})"] += 1
+    if n_unusable:
+        skipped[f"{path}: records without usable text in the field {field!r}{example}"] += n_unusable
 
 
-def records(path: Path) -> Iterator[bytes | dict]:
-    """Yield the lines of a .jsonl or .jsonl.gz file, or the rows of a .parquet file."""
-    if path.suffix == ".parquet":
+def records(path: Path) -> Iterator[bytes | object]:
+    """Yield the lines of a .jsonl file that are not blank, the items of the list in a .json file, which is read whole,
+    or the rows of a .parquet file."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
             fail(f"{path} needs pyarrow: pip install pyarrow")
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
             yield from batch.to_pylist()
+    elif suffix == ".json":
+        value = json.loads(path.read_bytes())
+        yield from value if isinstance(value, list) else [value]
     else:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-            yield from lines
+        with gzip.open(path) if suffix == ".gz" else open(path, "rb") as lines:
+            yield from (line for line in lines if line.strip())
 
 
-def split_pieces(files: list[Path], val_fraction: float, val_tail: bool, skipped: Counter[str]) -> Iterator[Piece]:
+def split_pieces(
+    files: list[Path], field: str, val_fraction: float, val_tail: bool, skipped: Counter[str]
+) -> Iterator[Piece]:
     """Yield all text, piece by piece. Whole documents are held out, or with `val_tail` the end of each document."""
     for path in files:
-        for stream, size in documents(path, skipped):
+        for stream, size in documents(path, field, skipped):
             if val_tail:
                 cut = int(size * (1 - val_fraction))
                 stream.seek(cut)
@@ -591,14 +656,17 @@ def with_progress(items: Iterable[tuple], task: str, total_bytes: int) -> Iterat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="text file, folder, .jsonl, .jsonl.gz, .parquet or URL")
+    add("inputs", nargs="*", metavar="INPUT", help="text file, folder, .jsonl[.gz], .json, .parquet, URL, - for stdin")
     add("--out", help="folder for the data set (data/NAME, from the first input's name)")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help="byte, bpe:N, a tiktoken name or a model's folder (%(default)s)")
     add("--val_fraction", type=float, help="fraction of the text to hold out (0.01; 0.05 of the default corpus)")
     add("--val_tail", action="store_true", help="hold out the end of each document (always, if it is a single file)")
+    add("--field", default="text", help="field that holds the text of a record (%(default)s)")
     args = parser.parse_args()
-    name = Path(args.inputs[0]).name.partition(".")[0] if args.inputs else "stdlib"
-    prepare(args.inputs, args.out or Path("data", name), args.tokenizer, args.val_fraction, args.val_tail)
+    first = args.inputs[0] if args.inputs else "stdlib"
+    name = "pipe" if first == "-" else Path(first).resolve().name.partition(".")[0] or "text"
+    out = args.out or Path("data", name)
+    prepare(args.inputs, out, args.tokenizer, args.val_fraction, args.val_tail, args.field)
 
 
 if __name__ == "__main__":

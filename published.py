@@ -21,15 +21,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPT2, GPTConfig, empty_model, load_checkpoint, model_settings, model_with
-from prepare import (
-    END_OF_TEXT,
-    byte_letters,
-    fail,
-    load_published_tokenizer,
-    tokenizer_from_dict,
-    tokenizer_to_dict,
-    write_json,
-)
+from prepare import END_OF_TEXT, fail, make_tokenizer, tokenizer_from_dict, tokenizer_to_dict, write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading any model: a run of ours or a published folder
@@ -278,9 +270,9 @@ def missing_in(family: Family, config: GPTConfig) -> list[str]:
     return [f.name for f in fields(GPTConfig) if getattr(nearest, f.name) != getattr(config, f.name)]
 
 
-def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor]) -> None:
-    """Write config.json and model.safetensors for the family that can express `config`. Raises ValueError if none can.
-    The inverse of load_published."""
+def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], end: int | None = None) -> None:
+    """Write config.json, generation_config.json and model.safetensors for the family that can express `config`, with
+    `end` as the id at which generation stops. Raises ValueError if none can. The inverse of load_published."""
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -290,7 +282,8 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor]) 
     if missing := missing_in(family, config):
         listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
         raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {listed}")
-    theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32"}
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32", **ends}
     for ours, names in family.settings.items():
         value = "gelu_new" if getattr(config, ours) == "gelu_tanh" else getattr(config, ours)
         theirs |= dict.fromkeys(names.split(), value)
@@ -303,6 +296,73 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor]) 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", theirs)
+    write_json(folder / "generation_config.json", ends)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
+
+
+def load_published_tokenizer(folder: Path) -> tiktoken.Encoding:
+    """Load a published model's tokenizer.json, Hugging Face's format. Only byte-level BPE is supported."""
+    path = folder / "tokenizer.json"
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        pattern = published_pattern(plain)
+        special = {token["content"]: token["id"] for token in plain["added_tokens"]}
+        ends = [name for name in (END_OF_TEXT, "<|end_of_text|>") if name in special]  # the second is Llama 3's
+        if not ends:
+            raise ValueError("it has no token that marks the end of a document")
+        bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+        vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in plain["model"]["merges"]]
+        merged = [vocab[left + right] for left, right in merges]
+        if merged != sorted(merged):
+            raise ValueError("its merges are not in the order of their ids, which tiktoken requires")
+        ranks = {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()}
+        return make_tokenizer(folder.name, pattern, ranks, {END_OF_TEXT: special.pop(ends[0]), **special})
+    except Exception as error:  # noqa: BLE001 - a damaged file can make tiktoken fail in any way
+        fail(f"cannot use {path}: {error}")
+
+
+def published_pattern(plain: dict) -> str:
+    """The pattern that splits text as the pre-tokenizer of a tokenizer.json does. Raises ValueError, by name, for what
+    would change ids and is not supported."""
+    model, first = plain["model"], plain["pre_tokenizer"] or {}
+    steps = first.get("pretokenizers", [first])  # a sequence of steps, or one step on its own
+    if model["type"] != "BPE" or "ByteLevel" not in [step.get("type") for step in steps]:
+        raise ValueError("it is not byte-level BPE, the only kind that is supported")
+    if (normalizer := (plain.get("normalizer") or {"type": "NFC"})["type"]) != "NFC":  # nearly all text is in NFC
+        raise ValueError(f"the normalizer {normalizer} is not supported")
+    refused = [(model, "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback")]
+    refused += [(token, "lstrip rstrip single_word") for token in plain["added_tokens"]]
+    for settings, names in refused:
+        for name in names.split():
+            if settings.get(name):
+                raise ValueError(f"{name} {settings[name]} is not supported ({settings.get('content', 'model')})")
+    match steps:
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return pattern
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return r"(?s:.+)"
+        case [{"type": "ByteLevel", "add_prefix_space": False}]:
+            return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False}]:
+            return DIGITS_PATTERN
+    raise ValueError(f"the pre-tokenizer {json.dumps(steps)} is not supported")
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter for each byte in tokenizer.json: the byte's own character if printable, else one from 256 up."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding) -> None:
@@ -332,14 +392,19 @@ def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding) -> None
     write_json(folder / "tokenizer_config.json", names)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
 def export(folder: Path, run: Path) -> None:
     """Write the newest checkpoint of a run as a published model with its tokenizer."""
     if folder.exists() and any(folder.iterdir()):
         fail(f"{folder} is not empty: choose another folder to export to")
     state, record = load_checkpoint(run)
     try:
-        save_published(folder, GPTConfig(**model_settings(state["config"])), state["model"])
-        save_published_tokenizer(folder, tokenizer_from_dict(state["tokenizer"]))
+        tokenizer = tokenizer_from_dict(state["tokenizer"])
+        save_published(folder, GPTConfig(**model_settings(state["config"])), state["model"], tokenizer.eot_token)
+        save_published_tokenizer(folder, tokenizer)
     except (ValueError, OSError) as error:
         fail(f"cannot export {record.with_suffix('')}: {error}")
     names = ", ".join(sorted(path.name for path in folder.iterdir()))

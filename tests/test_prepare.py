@@ -18,10 +18,11 @@ import pytest
 import regex
 import tiktoken
 import tiktoken_ext.openai_public
-from conftest import ROOT, words
+from conftest import ROOT, Ranks, words
 
 import prepare
 
+BYTES_AND_TAIL = ["--tokenizer", "byte", "--val_tail", "--val_fraction", 0.2]
 TRAINED = prepare.make_tokenizer(
     "bpe:400", prepare.GPT4_PATTERN, prepare.train_bpe(Counter(regex.findall(prepare.GPT4_PATTERN, words(3000))), 399)
 )
@@ -189,13 +190,14 @@ def test_the_split_of_a_document_depends_on_its_text_alone(call, tmp_path):
     assert 4 <= len(decoded(Path("data/a"), "val")) <= 20
 
 
-def test_val_tail_holds_out_the_end_of_the_text(call, tmp_path):
-    text = words(2000)
+@pytest.mark.parametrize("fraction", [0.1, 0.1001, 0.1002, 0.1003])  # cuts in the middle of a character, too
+def test_val_tail_holds_out_the_end_of_the_text(call, tmp_path, fraction):
+    text = "你好🙂" * 1000
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
-    call(prepare, "t.txt", "--tokenizer", "byte", "--val_tail", "--val_fraction", 0.1)
+    call(prepare, "t.txt", "--tokenizer", "byte", "--val_tail", "--val_fraction", fraction)
     (train,), (val,) = decoded(Path("data/t"), "train"), decoded(Path("data/t"), "val")
     assert train + val == text
-    assert abs(len(val.encode()) - len(text.encode()) / 10) < 4
+    assert abs(len(val.encode()) - len(text.encode()) * fraction) < 4
 
 
 def test_held_out_text_does_not_reach_the_tokenizer(call, tmp_path):
@@ -221,7 +223,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
         "latin.txt: not UTF-8",
         "cut.txt: not UTF-8",
         "empty.txt: empty",
-        "without usable text (6)",
+        "without usable text in the field 'text', one has body (6)",
         "torn.jsonl.gz",
     ):
         assert told in printed
@@ -236,13 +238,14 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
         (["a.txt"], b"", "a.txt: empty"),
         (["a.txt"], b"\xff\xfe", "a.txt: not UTF-8"),
         (["a.txt", "--val_fraction", "1.5"], b"text", "--val_fraction 1.5"),
-        (["a.txt", "a.txt"], b"text", "raise --val_fraction, or give --val_tail"),
+        (["a.txt", "b.txt"], b"text", "raise --val_fraction, or give --val_tail"),
         (["http://127.0.0.1:9/x.txt"], None, "could not fetch"),
     ],
 )
 def test_input_that_gives_no_data_set_is_refused(refused, tmp_path, inputs, content, told):
     if content is not None:
         (tmp_path / "a.txt").write_bytes(content)
+        (tmp_path / "b.txt").write_bytes(content)
     assert told in refused(prepare, *inputs, "--tokenizer", "byte")
     assert not list(tmp_path.glob("data/*/meta.json"))
 
@@ -251,7 +254,7 @@ def test_a_data_set_is_never_overwritten(refused, call, tmp_path):
     (tmp_path / "a.txt").write_text(words(200))
     call(prepare, "a.txt", "--tokenizer", "byte", "--val_fraction", 0.1)
     before = Path("data/a/train-00000.npy").read_bytes()
-    assert "already holds a data set" in refused(prepare, "a.txt", "--tokenizer", "byte")
+    assert "data/a already exists" in refused(prepare, "a.txt", "--tokenizer", "byte")
     assert Path("data/a/train-00000.npy").read_bytes() == before
 
 
@@ -298,14 +301,14 @@ def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, c
     out = tmp_path / "data" / "big"
     command = [sys.executable, str(ROOT / "prepare.py"), "big.txt", "--tokenizer", "byte", "--val_fraction", "0.1"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not list(out.glob("train-*.npy")):
+    while not list(out.with_name("big.partial").glob("train-*.npy")):
         time.sleep(0.001)
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     with pytest.raises(SystemExit):
         prepare.load_dataset(out)
-    assert "meta.json: make the data set" in capsys.readouterr().err
+    assert "meta.json: make the data set" in capsys.readouterr().err and not out.exists()
     subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL, check=True)
     assert "".join(decoded(out, "train") + decoded(out, "val")) == words(1_500_000)
 
@@ -346,3 +349,81 @@ def test_gpt2_text_has_the_ids_that_openai_published(call, tmp_path):
     call(prepare, "t.txt", "--tokenizer", "gpt2", "--val_fraction", 0.5)
     _, shards = prepare.load_dataset("data/t")
     assert shards["train"][0].tolist() + shards["val"][0].tolist() == [15496, 50256, 995, 50256]
+
+
+# ---- what users bring
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_its_files_stay(refused, tmp_path):
+    (tmp_path / "a.txt").write_text(words(100))
+    for folder, out in (("photos", "photos"), ("other.partial", "other")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train-images.npy").write_bytes(b"mine")
+        assert "choose another --out" in refused(prepare, "a.txt", "--tokenizer", "byte", "--out", out)
+        assert (tmp_path / folder / "train-images.npy").read_bytes() == b"mine"
+
+
+def test_records_are_read_from_the_field_that_is_asked_for(refused, call, tmp_path, capsys):
+    texts = [words(9, i) for i in range(30)]
+    records = [{"content": text, "id": i} for i, text in enumerate(texts)]
+    lines = "\n\n".join(map(json.dumps, records)) + "\n" + "[" * 100_000 + "\n"
+    (tmp_path / "a.JSONL").write_text(lines)
+    (tmp_path / "b.ndjson").write_text(lines)
+    (tmp_path / "c.json").write_text(json.dumps(records))
+    for name in ("a.JSONL", "b.ndjson", "c.json"):
+        told = refused(prepare, name, "--tokenizer", "byte")
+        assert "one has content, id" in told and "--field" in told
+        call(prepare, name, "--tokenizer", "byte", "--field", "content", "--val_fraction", 0.2)
+        folder = Path("data", name[0])
+        assert sorted(decoded(folder, "train") + decoded(folder, "val")) == sorted(texts)
+        skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
+        assert len(skipped) == (name != "c.json") and not any("(" in line for line in skipped)  # the one nested line
+
+
+def test_links_are_followed_once_and_what_cannot_be_read_is_named(call, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("first " + words(50))
+    (tmp_path / "elsewhere" / "b.txt").write_text("second " + words(50))
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "in" / "fifo")
+    call(prepare, "in", "in/a.txt", "--tokenizer", "byte", "--val_tail")
+    printed = capsys.readouterr().err
+    assert "a.txt: given twice" in printed
+    assert "dangling: not a regular file" in printed and "fifo: not a regular file" in printed
+    assert [text.split()[0] for text in decoded(Path("data/in"), "train")] == ["first", "second"]
+
+
+def test_the_current_folder_gives_the_data_set_its_name(call, tmp_path):
+    (tmp_path / "a.txt").write_text(words(100))
+    call(prepare, ".", "--tokenizer", "byte", "--val_tail")
+    assert (tmp_path / "data" / tmp_path.name / "meta.json").exists()
+
+
+def test_a_pipe_is_read_as_a_file_is(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    os.mkfifo(tmp_path / "fifo")
+    process = Ranks(tmp_path, "-", "fifo", "b.txt", *BYTES_AND_TAIL, script=ROOT / "prepare.py", stdin="first")
+    (tmp_path / "fifo").write_text("piped")
+    process.finish()
+    folder = tmp_path / "data" / "pipe"
+    texts = [a + b for a, b in zip(decoded(folder, "train"), decoded(folder, "val"))]
+    assert texts == ["first", "piped", "second"]
+
+
+def test_long_chunks_are_cut_before_a_tokenizer_learns_from_them(monkeypatch):
+    """Otherwise a genome in one line takes time that grows with the square of its length."""
+    seen = Counter()
+    monkeypatch.setattr(prepare, "train_bpe", lambda counts, size: seen.update(counts) or dict(prepare.BYTES))
+    prepare.train_tokenizer(300, [("train", "ACGT" * 10_000 + " the end")], 40_000)
+    assert max(map(len, seen)) <= prepare.MAX_CHUNK and seen["ACGT" * (prepare.MAX_CHUNK // 4)] > 100
+    assert sum(len(chunk) * count for chunk, count in seen.items()) == 40_008
+
+
+def test_a_file_has_its_name_only_when_it_is_complete(tmp_path):
+    with prepare.written_whole(tmp_path / "a") as file:
+        file.write(b"half")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == b"half"

@@ -6,11 +6,13 @@ random weights; `python tests/test_published.py` writes those files anew.
 
 import json
 import shutil
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 import torch
 from conftest import TINY, rows
 
@@ -211,7 +213,7 @@ def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, tokeniz
     for text in ("the model learns,", "naïve  café\n\n 你好🙂 it's 12345 \t\r\n x\n", " \n  "):
         assert ours(text)["input_ids"] == prepare.encode(encoding, text).tolist()
         assert ours.decode(ours(text)["input_ids"]) == text
-    assert ours.eos_token_id == encoding.eot_token
+    assert ours.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id == encoding.eot_token
     tokens = torch.tensor([prepare.encode(encoding, "the small model").tolist()])
     with torch.no_grad():
         expected = load_model("run")[0](tokens)
@@ -243,7 +245,7 @@ def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
     text = Path(models.__file__).read_text() + " naïve 你好🙂🙂  12345678 \n\n\t x' I'LL don't\n "
     ids = prepare.encode(encoding, text).tolist()
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == ids
-    read = prepare.load_published_tokenizer(tmp_path)
+    read = published.load_published_tokenizer(tmp_path)
     assert prepare.encode(read, text).tolist() == ids
     assert read.eot_token == encoding.eot_token
 
@@ -255,8 +257,51 @@ def test_the_tokenizer_that_transformers_writes_for_gpt2_is_read(tmp_path):
     theirs.train_from_iterator([Path(prepare.__file__).read_text()], 600, special_tokens=["<|endoftext|>"])
     theirs.save(str(tmp_path / "tokenizer.json"))
     text = "def train_bpe(counts):  # don't 12345\n    return naïve 你好"
-    read = prepare.load_published_tokenizer(tmp_path)
+    read = published.load_published_tokenizer(tmp_path)
     assert prepare.encode(read, text).tolist() == theirs.encode(text).ids
+
+
+def test_digits_and_missing_bytes_are_handled_as_hugging_face_does(tmp_path):
+    """As in SmolLM2's tokenizer: each digit on its own, and no token for some control characters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), byte_level])
+    text = Path(models.__file__).read_text() + " 你好🙂🙂 don't  12345 \n\n\t x'7 8  9"
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, special_tokens=["<|endoftext|>"], show_progress=False)
+    theirs.train_from_iterator([text], trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = published.load_published_tokenizer(tmp_path)
+    for start in ("", "a\x04b \x1d", "\x04"):
+        assert prepare.encode(ours, start + text).tolist() == theirs.encode(start + text).ids
+
+
+def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
+    """Regular expressions there mean something else by {1,3}+ and $."""
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "12345678 " * 99 + "end \n\n\n  \n" * 99
+    counts = Counter(regex.findall(prepare.GPT4_PATTERN, text) + ["12345678", " \n\n\n  \n"] * 99)
+    ours = prepare.make_tokenizer("digits", prepare.GPT4_PATTERN, prepare.train_bpe(counts, 300))
+    published.save_published_tokenizer(tmp_path, ours)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(text).ids == prepare.encode(ours, text).tolist()
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase is not supported"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "the pre-tokenizer"),
+        ({"pre_tokenizer": {"pretokenizers": [{"type": "Punctuation"}, {"type": "ByteLevel"}]}}, '"Punctuation"'),
+        ({"added_tokens": [{"content": "<|endoftext|>", "id": 256, "lstrip": True}]}, "lstrip True is not supported"),
+    ],
+)
+def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, tmp_path, change, told):
+    published.save_published_tokenizer(tmp_path, prepare.byte_tokenizer())
+    plain = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain | change))
+    (tmp_path / "a.txt").write_text("text")
+    assert told in refused(prepare, "a.txt", "--tokenizer", tmp_path)
 
 
 @pytest.mark.parametrize(
