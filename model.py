@@ -18,7 +18,7 @@ between seeds. The defaults of GPTConfig are today's column, except that each qu
 
 Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, S maximum
 sequence length, E experts, V vocabulary. Switches are resolved when the model is built, so that each forward reads like
-its equation. A switch that is off leaves the function `unchanged` in its place.
+its equation. Most of those that are off leave the function `unchanged` in their place.
 
     python model.py        list the presets with their parameters, FLOPs and cache sizes
 """
@@ -27,12 +27,11 @@ import argparse
 import json
 import math
 import sys
-import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -86,38 +85,29 @@ class GPTConfig:
     }
 
     def __post_init__(self):
-        self.check_each_field()
+        for name, hint in get_type_hints(type(self)).items():
+            value, legal = getattr(self, name), get_args(hint) or (hint,)  # types, or the values of a Literal
+            least, most = self.RANGES.get(name, (None, None))
+            if get_origin(hint) is Literal:
+                if value not in legal:
+                    raise ValueError(f"{name} {value!r} is none of {', '.join(legal)}")
+            elif type(value) not in legal and not (type(value) is int and float in legal):
+                raise ValueError(f"{name} {value!r} is not of type {' or '.join(kind.__name__ for kind in legal)}")
+            elif type(value) in (int, float) and not least <= value <= most:
+                raise ValueError(f"{name} {value} is not between {least:g} and {most:g}")
+
         self.derived = [name for name in ("head_dim", "n_kv_head", "n_inner") if getattr(self, name) is None]
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-            self.head_dim = self.n_embd // self.n_head
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        if self.n_inner is None:
-            self.n_inner = math.ceil(8 * self.n_embd / 3 / 64) * 64 if self.gated else 4 * self.n_embd
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_inner = self.n_inner or (math.ceil(8 * self.n_embd / 3 / 64) * 64 if self.gated else 4 * self.n_embd)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"rotary positions rotate pairs of channels, but head_dim {self.head_dim} is odd")
         if self.n_expert is not None and self.n_expert_active > self.n_expert:
             raise ValueError(f"n_expert_active {self.n_expert_active} is larger than n_expert {self.n_expert}")
-
-    def check_each_field(self) -> None:
-        """Raise ValueError unless each value has its field's type and lies in its range, whether it comes from a flag,
-        a JSON file or a checkpoint."""
-        for name, hint in typing.get_type_hints(type(self)).items():
-            value, legal = getattr(self, name), typing.get_args(hint) or (hint,)
-            if typing.get_origin(hint) is Literal:
-                if value not in legal:
-                    raise ValueError(f"{name} {value!r} is none of {', '.join(legal)}")
-            elif type(value) not in legal and not (type(value) is int and float in legal):
-                raise ValueError(f"{name} {value!r} is not of type {' or '.join(kind.__name__ for kind in legal)}")
-            elif name in self.RANGES and value is not None:
-                least, most = self.RANGES[name]
-                if not least <= value <= most:
-                    upper = f" and at most {most}" if most < HUGE else ""
-                    raise ValueError(f"{name} {value} is out of range: it must be at least {least:g}{upper}")
 
     def chosen(self) -> dict:
         """All settings as a flat dict. Derived ones are None, so that a changed n_embd derives them again."""
@@ -174,7 +164,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu", dtype=torch.float32):
         shape = (config.n_layer, batch_size, config.n_kv_head, config.seq_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)  # uses physical memory only as it fills
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
         self.length = 0  # positions filled; GPT.forward advances it after all layers have appended
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,40 +221,27 @@ class Attention(nn.Module):
             if T > 1:  # each token sees all cached ones and those up to itself; a single token needs no mask
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
         dropout = self.dropout if self.training else 0.0
-        options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": cache is None, "enable_gqa": self.grouped}
-        y = self.attend(q, k, v, **options)  # [B, H, T, D]
+        y = self.attend(q, k, v, mask, dropout, is_causal=cache is None, enable_gqa=self.grouped)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
-
-
 class MLP(nn.Module):
-    """Two linear layers with an activation between them, applied to each token on its own."""
+    """Two linear layers with an activation between them, applied to each token on its own. With a third layer as a gate
+    it is SwiGLU, if the activation is SiLU, or GeGLU, if it is GELU (Shazeer, 2020)."""
+
+    ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}  # noqa: RUF012
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
         self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.bias) if config.gated else None
+        self.activation = self.ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
-
-
-class GatedMLP(MLP):
-    """SwiGLU with the activation SiLU, GeGLU with GELU (Shazeer, 2020)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))
-
-
-def make_mlp(config: GPTConfig) -> nn.Module:
-    return GatedMLP(config) if config.gated else MLP(config)
 
 
 class Experts(nn.Module):
@@ -275,23 +252,22 @@ class Experts(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_active, self.renormalise = config.n_expert_active, config.renormalise
-        self.balance_weight, self.z_weight = config.balance_loss, config.router_z_loss
+        self.config = config
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
-        self.experts = nn.ModuleList(make_mlp(config) for _ in range(config.n_expert))
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.n_expert))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # [N, C] with N = B T
         with torch.autocast(x.device.type, enabled=False):  # route in float32
             logits = F.linear(tokens.float(), self.router.weight.float())  # [N, E]
         probabilities = logits.softmax(-1)
-        gates, chosen = probabilities.topk(self.n_active)  # [N, active]
-        if self.renormalise:
+        gates, chosen = probabilities.topk(self.config.n_expert_active)  # [N, active]
+        if self.config.renormalise:
             gates = gates / gates.sum(-1, keepdim=True)
 
         assigned = chosen.flatten()  # [N * active]: the expert of each token's first choice, second choice, ...
         by_expert = assigned.argsort(stable=True)  # the choices, grouped by expert
-        sources = by_expert // self.n_active  # the token that made each choice
+        sources = by_expert // self.config.n_expert_active  # the token that made each choice
         counts = assigned.bincount(minlength=len(self.experts))  # [E]
         parts = tokens[sources].split(counts.tolist())
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
@@ -299,7 +275,8 @@ class Experts(nn.Module):
 
         self.load = counts / counts.sum()  # each expert's share of the tokens, for the log
         balance = len(self.experts) * (self.load * probabilities.mean(0)).sum()
-        self.router_loss = self.balance_weight * balance + self.z_weight * logits.logsumexp(-1).square().mean()
+        z = logits.logsumexp(-1).square().mean()
+        self.router_loss = self.config.balance_loss * balance + self.config.router_z_loss * z
         return torch.zeros_like(tokens).index_add(0, sources, outputs.to(tokens.dtype)).view_as(x)
 
 
@@ -311,7 +288,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.n_embd)
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.n_embd)
-        self.mlp = Experts(config) if config.n_expert else make_mlp(config)
+        self.mlp = Experts(config) if config.n_expert else MLP(config)
         self.attention_post_norm = make_norm(config, config.n_embd) if config.post_norm else unchanged
         self.mlp_post_norm = make_norm(config, config.n_embd) if config.post_norm else unchanged
         self.dropout = nn.Dropout(config.dropout)
@@ -360,10 +337,9 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, only_last: bool = False
     ) -> Tensor:
-        """Return the logits [B, T, V] of the token after each of `tokens` [B, T], or with `only_last` those after the
-        last one [B, 1, V]. With `targets` [B, T], return their mean cross-entropy in nats instead, in training plus the
-        routers' losses. With a cache, `tokens` continue the cached sequence and are added to the cache. Raises
-        ValueError beyond S positions."""
+        """Return the logits [B, T, V] of the token after each of `tokens` [B, T], or after the last one only [B, 1, V].
+        With `targets` [B, T], return their mean cross-entropy in nats instead, in training plus the routers' losses.
+        With a cache, `tokens` continue its sequence and are added to it. Raises ValueError beyond S positions."""
         start = cache.length if cache is not None else 0
         if (end := start + tokens.size(1)) > self.config.seq_len:
             raise ValueError(f"a sequence of {end} tokens is longer than seq_len {self.config.seq_len}")
@@ -374,15 +350,11 @@ class GPT(nn.Module):
             x = block(x, angles, cache)
         if cache is not None:
             cache.length = end
-        if only_last:
-            x = x[:, -1:]
-        logits = self.head(self.norm(x)) * self.config.logit_scale
+        logits = self.head(self.norm(x[:, -1:] if only_last else x)) * self.config.logit_scale
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        if self.training:
-            loss = loss + sum(layer.router_loss for layer in self.expert_layers())
-        return loss
+        return loss + sum(layer.router_loss for layer in self.expert_layers()) if self.training else loss
 
     def expert_layers(self) -> list[Experts]:
         """The mixtures of experts, one per block; none in a dense model."""
@@ -394,21 +366,16 @@ class GPT(nn.Module):
 
     def n_active_params(self) -> int:
         """Number of parameters that a single token uses: all but those of the experts that it skips."""
-        idle = 0
-        for layer in self.expert_layers():
-            size = sum(p.numel() for p in layer.experts[0].parameters())
-            idle += (len(layer.experts) - layer.n_active) * size
-        return self.n_params() - idle
+        skipped = [expert for layer in self.expert_layers() for expert in layer.experts[self.config.n_expert_active :]]
+        return self.n_params() - sum(p.numel() for expert in skipped for p in expert.parameters())
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token of a full sequence: 6 per weight in a matrix product (2 forward, 4 backward), plus
-        12 L H D S for attention (PaLM, appendix B). Embedding lookups are free."""
+        12 L H D S for attention (PaLM, appendix B)."""
         c = self.config
-        looked_up = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
-        vectors = sum(p.numel() for p in self.parameters() if p.ndim == 1)
-        head_again = c.tied * self.head.weight.numel()
-        matmul = self.n_active_params() - looked_up - vectors + head_again
-        return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len
+        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        skipped = self.n_params() - self.n_active_params()
+        return 6 * (linear - skipped) + 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len
 
 
 def sample_next(
@@ -438,47 +405,42 @@ def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **options) 
 
     When the sequence outgrows the model's S positions, only its newest S / 2 tokens are kept."""
     S = model.config.seq_len
+    cache = KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
+    unseen = tokens  # the whole prompt at first, later the newest token alone
     while True:
-        window = tokens[:, -max(1, S // 2) :] if tokens.size(1) > S else tokens
-        cache = KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
-        unseen = window  # the whole window at first, later the newest token alone
-        while cache.length + unseen.size(1) <= S:
-            logits = model(unseen, cache=cache, only_last=True)[:, -1, :n_vocab]
-            unseen = sample_next(logits, **options)[:, None]
-            window = torch.cat((window, unseen), dim=1)
-            yield unseen[:, 0]
-        tokens = window  # S + 1 of them
+        if cache.length + unseen.size(1) > S:
+            unseen = tokens = tokens[:, -max(1, S // 2) :]
+            cache.length = 0
+        logits = model(unseen, cache=cache, only_last=True)[:, -1, :n_vocab]
+        unseen = sample_next(logits, **options)[:, None]
+        tokens = torch.cat((tokens, unseen), dim=1)
+        yield unseen[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets: each lists what differs from the defaults of GPTConfig. How to train them is in the RECIPES of train.py
 
 # fmt: off
-GPT2 = {
-    "vocab_size": 50257, "seq_len": 1024, "norm": "layer", "norm_eps": 1e-5, "position": "learned", "qk_norm": False,
-    "activation": "gelu_tanh", "gated": False, "bias": True, "tied": True,
-}
-LLAMA = {"n_kv_head": 8, "norm_eps": 1e-5, "qk_norm": False}
-LLAMA3 = dict(LLAMA, vocab_size=128256, seq_len=8192, rope_base=500_000.0)
+GPT2 = dict(vocab_size=50257, seq_len=1024, norm="layer", norm_eps=1e-5, position="learned", qk_norm=False,
+            activation="gelu_tanh", gated=False, bias=True, tied=True)
+LLAMA = dict(vocab_size=128256, seq_len=8192, n_kv_head=8, norm_eps=1e-5, rope_base=500_000.0, qk_norm=False)
+QWEN3 = dict(vocab_size=151936, seq_len=40960, n_kv_head=8, head_dim=128, rope_base=1_000_000.0)
 MIXTRAL = dict(LLAMA, vocab_size=32000, seq_len=32768, rope_base=1_000_000.0, n_expert=8)
-QWEN3 = {"vocab_size": 151936, "seq_len": 40960, "n_kv_head": 8, "head_dim": 128, "rope_base": 1_000_000.0}
-GROK = {
-    "norm_eps": 1e-5, "qk_norm": False, "activation": "gelu_tanh", "n_expert": 8, "renormalise": False,
-    "post_norm": True, "attention_cap": 30.0, "tied": True,
-}
+GROK = dict(norm_eps=1e-5, qk_norm=False, activation="gelu_tanh", n_expert=8, renormalise=False, post_norm=True,
+            attention_cap=30.0, tied=True)
 
 PRESETS: dict[str, dict] = {
-    "toy": {"n_kv_head": 2},
+    "toy": dict(n_kv_head=2),
     "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
-    "shakespeare-quick": {"seq_len": 64, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "n_inner": 128},
-    "shakespeare": {"seq_len": 256, "n_layer": 4, "n_head": 3, "n_embd": 192},
+    "shakespeare-quick": dict(seq_len=64, n_head=2, n_kv_head=1, n_embd=64, n_inner=128),
+    "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(GPT2, n_layer=48, n_head=25, n_embd=1600),
-    "llama3-8b": dict(LLAMA3, n_layer=32, n_head=32, n_embd=4096, n_inner=14336),
-    "llama3-70b": dict(LLAMA3, n_layer=80, n_head=64, n_embd=8192, n_inner=28672),
-    "llama3-405b": dict(LLAMA3, n_layer=126, n_head=128, n_embd=16384, n_inner=53248),
+    "llama3-8b": dict(LLAMA, n_layer=32, n_head=32, n_embd=4096, n_inner=14336),
+    "llama3-70b": dict(LLAMA, n_layer=80, n_head=64, n_embd=8192, n_inner=28672),
+    "llama3-405b": dict(LLAMA, n_layer=126, n_head=128, n_embd=16384, n_inner=53248),
     "qwen3-0.6b": dict(QWEN3, n_layer=28, n_head=16, n_embd=1024, n_inner=3072, tied=True),
     "qwen3-1.7b": dict(QWEN3, n_layer=28, n_head=16, n_embd=2048, n_inner=6144, tied=True),
     "qwen3-4b": dict(QWEN3, n_layer=36, n_head=32, n_embd=2560, n_inner=9728, tied=True),
@@ -496,44 +458,33 @@ PRESETS: dict[str, dict] = {
 # From a checkpoint, which train.py writes, to a model on a device
 
 
-class Damaged(Exception):
-    """A checkpoint that is incomplete or corrupt."""
-
-
 def read_checkpoint(record: Path) -> dict:
     """The state named by a checkpoint's JSON file, on the CPU, with its SHA-256 verified. Nothing in the file is
-    executed. Raises Damaged."""
-    try:
-        named = json.loads(record.read_text(encoding="utf-8"))
-        path = record.with_name(Path(named["file"]).name)
-        if sha256_of(path) != named["sha256"]:
-            raise Damaged(f"{path} does not match the SHA-256 in {record.name}")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if missing := {"step", "config", "model", "optimizer", "tokenizer", "data"} - state.keys():
-            raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
-        state["config"] |= state["config"].pop("model", {})  # older checkpoints nest the settings of the model
-        return state
-    except Damaged:
-        raise
-    except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
-        raise Damaged(f"cannot read {record} ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    executed. A damaged checkpoint can raise any exception."""
+    named = json.loads(record.read_text(encoding="utf-8"))
+    path = record.with_name(Path(named["file"]).name)
+    if sha256_of(path) != named["sha256"]:
+        raise ValueError(f"{path.name} does not match its SHA-256")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if missing := {"step", "config", "model", "optimizer", "tokenizer", "data"} - state.keys():
+        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
+    state["config"] |= state["config"].pop("model", {})  # older checkpoints nest the settings of the model
+    return state
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     """The state of a checkpoint (named by its .json or .pt file), or of the newest intact one in a run's folder, and
     the path of its JSON file. Names each damaged checkpoint that it skips. Ends the program if none is left."""
     path = Path(path)
-    if path.is_dir():
-        records = sorted(path.glob("step-*.json"), reverse=True)
-    else:
-        records = [path.with_suffix(".json")] if path.exists() else []
+    records = [path.with_suffix(".json")] if path.is_file() else sorted(path.glob("step-*.json"), reverse=True)
     if not records:
         fail(f"there is no checkpoint in {path}: make one with python train.py")
     for record in records:
         try:
             return read_checkpoint(record), record
-        except Damaged as error:
-            print(f"damaged: {error}", file=sys.stderr)
+        except Exception as error:  # noqa: BLE001
+            reason = str(error).partition("\n")[0]
+            print(f"damaged: {record} ({type(error).__name__}: {reason})", file=sys.stderr)
     fail(f"there is no intact checkpoint left in {path}")
 
 
@@ -543,11 +494,6 @@ def newest_run(runs: str | Path = "runs") -> Path:
     if not records:
         fail(f"there is no run in {runs}/: make one with python train.py")
     return max(records, key=lambda record: record.stat().st_mtime).parent
-
-
-def with_tied_head(config: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as load_state_dict expects them. Files hold a tied head once, as the embedding."""
-    return {**weights, "head.weight": weights["embedding.weight"]} if config.tied else weights
 
 
 def empty_model(config: GPTConfig, n_tensors: int) -> GPT:
@@ -562,7 +508,9 @@ def empty_model(config: GPTConfig, n_tensors: int) -> GPT:
 def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     """The model with the tensors of `weights` as its parameters, neither copied nor converted."""
     model = empty_model(config, len(weights))
-    model.load_state_dict(with_tied_head(config, weights), assign=True)
+    if config.tied:  # files hold a tied head once, as the embedding
+        weights = {**weights, "head.weight": weights["embedding.weight"]}
+    model.load_state_dict(weights, assign=True)
     model.tie_head()
     return model
 
@@ -598,15 +546,14 @@ def main() -> None:
     if parser.parse_args().export is not None:
         fail("published.py exports models now: python published.py --export DIR RUN")
     print(f"{'preset':17}{'parameters':>17}{'active':>17}{'FLOP/token':>20}{'cache bytes/token':>19}")
-    assumed = {"vocab_size": 4096}
     for name, preset in PRESETS.items():
-        config = GPTConfig(**{**assumed, **preset})
+        config = GPTConfig(**{"vocab_size": 4096, **preset})
         with torch.device("meta"):
             model, cache = GPT(config), KVCache(config, 1, "meta", torch.bfloat16)
         cache_bytes = (cache.keys.nbytes + cache.values.nbytes) // config.seq_len
-        counts = f"{model.n_params():17,}{model.n_active_params():17,}{model.flops_per_token():20,}{cache_bytes:19,}"
-        print(f"{name:17}{counts}")
-    print(f"Presets without a vocabulary of their own are counted with {assumed['vocab_size']:,} tokens.")
+        counts = f"{model.n_params():17,}{model.n_active_params():17,}{model.flops_per_token():20,}"
+        print(f"{name:17}{counts}{cache_bytes:19,}")
+    print("Presets without a vocabulary of their own are counted with 4,096 tokens.")
 
 
 if __name__ == "__main__":

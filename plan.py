@@ -6,25 +6,24 @@
 All flags of train.py apply. Nothing else in the project needs this file.
 """
 
-import argparse
 import contextlib
+import io
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import prepare
 import train
 from model import GPT
-from prepare import fail
-from train import ACCELERATORS, Config, clock, muon_matrices
+from prepare import clock, fail, load_dataset
+from train import ACCELERATORS, Config, muon_matrices
 
 # Assumptions about clusters: nodes of eight GPUs with a 400 Gbit/s port each, and as many failures as Meta reported for
 # the training of Llama 3.
@@ -56,8 +55,7 @@ def activations_per_token(config: Config) -> int:
     heads, kv_heads = c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim
     attention = 2 * c.n_embd + 2 * heads + kv_heads  # norm input and output; queries, keys, values, attention output
     attention += (c.qk_norm + (c.position == "rope")) * (heads + kv_heads // 2)  # queries and keys at each stage
-    if c.attention_cap:
-        attention += 5 * c.n_head * c.seq_len  # the scores at each stage of capped attention
+    attention += 5 * c.n_head * c.seq_len * (c.attention_cap is not None)  # the scores at each stage, if capped
     mlp = c.n_embd + (4 if c.gated else 2) * c.n_inner  # input; gate, up, activation, product; or up, activation
     visits = c.n_expert_active if c.n_expert else 1
     experts = 2 * c.n_embd * visits if c.n_expert else 0  # gathered tokens, and outputs before the gates
@@ -114,12 +112,21 @@ def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute:
 # Plans
 
 
-def cluster_plan(config: Config, gpu: str, gpus: int, mfu: float, data_tokens: int | None) -> Iterator[str]:
+def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     """The plan of a run on a cluster, line by line, then warnings."""
+    config = train.build_config(given)
+    if gpus < 1 or gpus % config.shard:
+        fail(f"--gpus {gpus} is not a multiple of --shard {config.shard}")
+    meta = load_dataset(config.data, verify=False)[0] if Path(config.data, "meta.json").exists() else {}
+    config.vocab_size = config.vocab_size or meta.get("vocab_size")
+    if config.vocab_size is None:
+        fail(f"{config.preset} takes its vocabulary from its data set, but {config.data} is missing: give --vocab_size")
     with torch.device("meta"):
         model = GPT(config)
+
     device, shard, warnings = ACCELERATORS[gpu], config.shard, []
     n, active, flops = model.n_params(), model.n_active_params(), model.flops_per_token()
+    yield f"plan for {config.preset}"
     yield f"machine    {gpus:,} x {gpu}, {device.flops * mfu / 1e12:,.0f} TFLOP/s each: {mfu:.0%} of the peak, assumed"
     yield f"model      {n:,} parameters, {active:,} active; {flops:,} FLOP per token"
 
@@ -130,7 +137,8 @@ def cluster_plan(config: Config, gpu: str, gpus: int, mfu: float, data_tokens: i
     yield f"loss       {loss:.2f} by the scaling law of dense models on web text, extrapolated above 16B parameters"
     if config.batch_tokens > critical:
         warnings.append(f"batches above the critical size, about {critical:,.0f} tokens at this loss, gain little")
-    if data_tokens:
+    if meta and "data" in given:
+        data_tokens = meta["train"]["tokens"]
         yield f"data       {data_tokens:,} tokens: {tokens / data_tokens:.2f} epochs"
         if tokens > 4 * data_tokens:  # Muennighoff et al., 2023
             warnings.append("the data runs out: after about four epochs, repeated text teaches little")
@@ -174,55 +182,30 @@ def cluster_plan(config: Config, gpu: str, gpus: int, mfu: float, data_tokens: i
     yield from (f"warning    {warning}" for warning in warnings)
 
 
-def print_cluster_plan(given: dict, asked: argparse.Namespace) -> None:
-    config = train.build_config(given)
-    if asked.gpus < 1 or asked.gpus % config.shard:
-        fail(f"--gpus {asked.gpus} is not a multiple of --shard {config.shard}")
-    meta = {}
-    if Path(config.data, "meta.json").exists():
-        meta, _ = prepare.load_dataset(config.data, verify=False)
-    config.vocab_size = config.vocab_size or meta.get("vocab_size")
-    if config.vocab_size is None:
-        fail(f"{config.preset} takes its vocabulary from its data set, but {config.data} is missing: give --vocab_size")
-    print(f"plan for {config.preset}")
-    data_tokens = meta["train"]["tokens"] if meta and "data" in given else None
-    print("\n".join(cluster_plan(config, asked.gpu, asked.gpus, asked.mfu, data_tokens)))
-
-
-def peak_memory() -> float:
-    """Peak main memory of this process so far, in bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def local_plan(given: dict) -> None:
     """Train a few steps in a temporary folder, and print what the whole run will take on this machine."""
-    config = train.build_config(given)
-    with tempfile.TemporaryDirectory() as folder:
-        trial = {"out": folder, "stop_at": min(5, config.steps), "log_every": 1, "eval_tokens": 1, "keep": 1}
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            train.train({**given, **trial, "out": train.from_rank_0(folder)}, resume=False)
+    trial = {"stop_at": min(5, train.build_config(given).steps), "log_every": 1, "eval_tokens": 1, "keep": 1}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        train.train({**given, **trial, "out": train.from_rank_0(folder)}, resume=False)
         if dist.get_rank() > 0:
             return
         config = train.build_config({**train.read_settings(Path(folder, "config.json")), "stop_at": None})
         rows = [json.loads(row) for row in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds = [row["tokens_per_second"] for row in rows if "loss" in row]
     seconds = config.batch_tokens / statistics.median(speeds[1:] or speeds)  # the first step warms up
-    n_val = prepare.load_dataset(config.data, verify=False)[0]["val"]["tokens"]
+    n_val = load_dataset(config.data, verify=False)[0]["val"]["tokens"]
     evaluated = min(given.get("eval_tokens", Config.eval_tokens), n_val) * math.ceil(config.steps / config.eval_every)
     evaluation = evaluated * seconds / config.batch_tokens / 3  # a forward pass is a third of a step
     with torch.device("meta"):
         model = GPT(config)
     parts = memory_parts(model, config, config.shard)
-    if config.device == "cpu" or not torch.accelerator.is_available():  # the program and a copy for the checkpoint
-        parts |= {
-            "program": max(0.0, peak_memory() - sum(parts.values())),
-            "checkpoint": checkpoint_bytes(model, config),
-        }
+    if config.device == "cpu" or not torch.accelerator.is_available():  # main memory holds more than the model
+        with contextlib.suppress(ImportError):  # Windows has no such module
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            parts["program"] = max(0.0, peak - sum(parts.values()))
+        parts["checkpoint"] = checkpoint_bytes(model, config)  # a copy, for the thread that writes it
     memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
     tokens, total = config.steps * config.batch_tokens, config.steps * seconds + evaluation
     print(f"plan for {config.preset} on this machine: {dist.get_world_size()} processes, {config.dtype}")
@@ -237,23 +220,18 @@ def main() -> None:
     group.add_argument("--gpus", type=int, metavar="INT", help="plan for a cluster with this number of GPUs")
     group.add_argument("--gpu", choices=ACCELERATORS, default="H100", type=str.upper, help="kind of GPU (H100)")
     group.add_argument("--mfu", type=float, metavar="FLOAT", default=0.4, help="share of their peak to assume (0.4)")
-    group.add_argument(
-        "--tokens", type=float, metavar="FLOAT", help="train on this number of tokens instead of --steps"
-    )
-    given = vars(parser.parse_args())
-    asked = argparse.Namespace(**{name: given.pop(name, None) for name in ("gpus", "gpu", "mfu", "tokens")})
-    for name in ("plan", "resume"):
-        given.pop(name, None)
-    if "config" in given:
-        given = {**train.read_settings(given.pop("config")), **given}
+    group.add_argument("--tokens", type=float, metavar="FLOAT", help="tokens to train on, instead of --steps")
+    asked = parser.parse_args()  # holds only what is on the command line, and the defaults above
+    given = asked.config if "config" in asked else {}
+    given |= {f.name: getattr(asked, f.name) for f in fields(Config) if f.name in asked}
     if not 0 < asked.mfu <= 1:
         fail(f"--mfu {asked.mfu} is not in (0, 1]")
-    if asked.tokens is not None:
+    if "tokens" in asked:
         if not 1 <= asked.tokens < 1e18:
             fail(f"--tokens {asked.tokens} is not between 1 and 1e18")
         given["steps"] = math.ceil(asked.tokens / train.build_config(given).batch_tokens)
-    if asked.gpus is not None:
-        print_cluster_plan(given, asked)
+    if "gpus" in asked:
+        print("\n".join(cluster_plan(given, asked.gpu, asked.gpus, asked.mfu)))
     else:
         train.launch(local_plan, given)
 

@@ -586,6 +586,32 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
     return meta, shards
 
 
+def shard_hashes(meta: dict, split: str) -> list[str]:
+    """The SHA-256 of each shard, which together identify a split."""
+    return [shard["sha256"] for shard in meta[split]["shards"]]
+
+
+class Windows:
+    """A split's tokens, shard after shard, as windows of seq_len inputs and their targets, shifted by one token."""
+
+    def __init__(self, shards: list[np.ndarray], seq_len: int):
+        self.shards, self.seq_len = shards, seq_len
+        self.starts = np.cumsum([0] + [len(shard) for shard in shards])
+        self.n_tokens = int(self.starts[-1])
+        self.n_windows = (self.n_tokens - 1) // seq_len
+
+    def get(self, indices: np.ndarray) -> np.ndarray:
+        """The tokens [len(indices), seq_len + 1] of these windows."""
+        return np.stack([self.window(i) for i in indices]).astype(np.int64)
+
+    def window(self, index: int) -> np.ndarray:
+        """The tokens [seq_len + 1] of a window, which may span several shards."""
+        begin, end = index * self.seq_len, (index + 1) * self.seq_len + 1
+        first, last = np.searchsorted(self.starts, [begin, end - 1], side="right") - 1
+        parts = zip(self.starts[first : last + 1], self.shards[first : last + 1])
+        return np.concatenate([shard[max(begin - start, 0) : end - start] for start, shard in parts])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers, most of them shared by all scripts
 
@@ -594,6 +620,15 @@ def fail(message: str) -> NoReturn:
     """End the program because of a mistake that its user can correct: one sentence on stderr, exit status 2."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def tolerate_streams() -> None:
+    """Print "?" for characters that the terminal's encoding lacks, and treat a closed stream as an empty one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, stream)
 
 
 def sha256_of(path: Path) -> str:
@@ -628,13 +663,23 @@ class Console:
         self.shown, self.pause = time.monotonic(), 0.2 if self.live else log_every  # in seconds
 
     def line(self, text: str, end: str = "\n") -> None:
-        print(f"\r\033[K{text}" if self.live else text, end=end, file=self.stream, flush=True)
+        try:
+            print(f"\r\033[K{text}" if self.live else text, end=end, file=self.stream, flush=True)
+        except BrokenPipeError:  # the reader, such as head, has left: go on without output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def glimpse(self, text: str) -> None:
         """Update the live line, or without a terminal print a line every `log_every` seconds."""
         if time.monotonic() - self.shown > self.pause:
             self.line(text, end="" if self.live else "\n")
             self.shown = time.monotonic()
+
+
+def clock(seconds: float) -> str:
+    """4000 -> 1:06:40"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def with_progress(items: Iterable[tuple], task: str, total_bytes: int) -> Iterator[tuple]:
@@ -654,6 +699,7 @@ def with_progress(items: Iterable[tuple], task: str, total_bytes: int) -> Iterat
 
 
 def main() -> None:
+    tolerate_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="text file, folder, .jsonl[.gz], .json, .parquet, URL, - for stdin")

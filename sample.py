@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tiktoken
 
-from prepare import encode, fail, token_bytes
+from prepare import encode, fail, token_bytes, tolerate_streams
 
 # torch and model.py are imported by the functions that need them, so that --help does not wait for them.
 
@@ -117,7 +117,20 @@ def write(model, tokenizer: tiktoken.Encoding, prompt: str, args, generator) -> 
             print(f"--- {i + 1} of {args.n}\n{prompt}{''.join(parts)}")
 
 
+def sample(model, tokenizer: tiktoken.Encoding, seed: int) -> str:
+    """200 tokens that the model writes into an empty document, for the end of a training run."""
+    import torch
+
+    from model import generate
+
+    torch.manual_seed(seed)
+    prompt = torch.tensor([[tokenizer.eot_token]], device=model.embedding.weight.device)
+    tokens = islice(generate(model.eval(), prompt, n_vocab=tokenizer.n_vocab), 200)
+    return b"".join(token_bytes(tokenizer, ids.item()) for ids in tokens).decode(errors="replace")
+
+
 def main() -> None:
+    tolerate_streams()
     args = parse_command_line()
     if args.prompt_file:
         try:

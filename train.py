@@ -7,21 +7,16 @@
     python train.py --out runs/toy-1 --resume                   continue a run that was stopped
     python train.py --init downloads/gpt2 --data data/mine      start from published weights, or from another run's
     python train.py --plan                                      estimate time and memory, train nothing (plan.py)
+    torchrun --standalone --nproc_per_node=8 train.py           train in 8 processes, on CPUs or GPUs
+    torchrun ... train.py --preset llama3-8b --shard 8          shard each copy of the model over 8 processes (FSDP2)
 
 A run is a folder with config.json, metrics.jsonl and checkpoints. Ctrl-C stops it at the end of a step and saves it.
 Apart from weights and optimizer state, the step number is a run's only state: the batch and the dropout of a step
-depend on the seed and the step alone, so that a resumed run gives the same bits as one that was never stopped. Read
-train() first; what it calls follows in the order of its calls.
+depend on the seed and the step alone, so that a resumed run gives the same bits as one that was never stopped. Several
+processes train one model on the same batches, and any number of them can resume any run. The README has the commands
+for several nodes, for restarts after faults, and for Slurm.
 
-Several processes, on CPUs or GPUs, train one model on the same batches, and any number of them can resume any run. The
-README has more, Slurm included:
-
-    torchrun --standalone --nproc_per_node=8 train.py --out runs/big             one node
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=big \\
-        train.py --out runs/big                                                  two nodes; run this line on each
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:2 --max-restarts=3 --rdzv-backend=c10d ... \\
-        train.py --out runs/big --resume                     start, and restart after faults, with 1 or 2 nodes
-    torchrun ... train.py --preset llama3-8b --shard 8 --out runs/llama          shard each copy of the model (FSDP2)
+Read train() first; what it calls follows in the order of its calls.
 """
 
 import argparse
@@ -36,8 +31,8 @@ import signal
 import socket
 import sys
 import time
+import timeit
 import traceback
-import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable
@@ -45,7 +40,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -61,12 +55,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, generate, has_bfloat16
+from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, has_bfloat16
 from model import load_checkpoint, model_settings, model_with, newest_run
-from prepare import Console, fail
+from prepare import Console, Windows, clock, fail, shard_hashes
 from published import load_source
-
-DEFAULT_DATA = "data/stdlib"
+from sample import sample
 
 
 @dataclass
@@ -76,7 +69,7 @@ class Config(GPTConfig):
     defaults here. A resumed run keeps its own settings, except for those given again."""
 
     preset: str = "toy"  # settings to start from, listed below
-    data: str = DEFAULT_DATA  # data set made by prepare.py
+    data: str = "data/stdlib"  # data set made by prepare.py
     out: str | None = None  # folder of the run (default: runs/PRESET-N with the first free N)
     init: str | None = None  # initial weights: a run, a checkpoint, or a published model's folder
 
@@ -119,31 +112,30 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stop_at is not None and self.stop_at > self.steps:
+        self.derived += [name for name in ("stop_at", "compile") if getattr(self, name) is None]
+        self.stop_at = self.stop_at or self.steps
+        if self.stop_at > self.steps:
             raise ValueError(f"stop_at {self.stop_at} is larger than steps {self.steps}")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} together exceed 1")
         unit = self.micro_batch * self.seq_len
         if self.batch_tokens % unit:
             below = self.batch_tokens // unit * unit
-            legal = " or ".join(str(size) for size in (below, below + unit) if size)
-            product = f"micro_batch x seq_len = {self.micro_batch} x {self.seq_len} = {unit}"
-            raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of {product}: use {legal}")
+            legal = f"{below} or {below + unit}" if below else unit
+            raise ValueError(f"batch_tokens {self.batch_tokens} is no multiple of micro_batch x seq_len: use {legal}")
 
 
 # How to train the presets of model.py, where it differs from the defaults above. A preset that is not listed uses
 # PUBLISHED, with half a million tokens per step as for GPT-2.
-# fmt: off
 PUBLISHED = {"batch_tokens": 524_288, "micro_batch": 1, "steps": 20_000, "lr": 6e-4, "momentum": 0.95, "log_every": 1}
+SHAKESPEARE = {"data": "data/shakespeare"}
 RECIPES: dict[str, dict] = {
     "toy": {},
     "grok-toy": {},
-    "shakespeare-quick": {"data": "data/shakespeare", "batch_tokens": 1536, "micro_batch": 24, "steps": 180,
-                          "lr": 1.6e-2, "decay": 0.7},
-    "shakespeare": {"data": "data/shakespeare", "batch_tokens": 8192, "steps": 480, "weight_decay": 0.4},
+    "shakespeare-quick": dict(SHAKESPEARE, batch_tokens=1536, micro_batch=24, steps=180, lr=1.6e-2, decay=0.7),
+    "shakespeare": dict(SHAKESPEARE, batch_tokens=8192, steps=480, weight_decay=0.4),
     "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=16),
 }
-# fmt: on
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop
@@ -154,42 +146,42 @@ def train(given: dict, resume: bool) -> None:
     settings on the command line."""
     started, parent = time.monotonic(), os.getppid()
     rank, world = dist.get_rank(), dist.get_world_size()
-    config, state, resume = open_run(given, resume)
+    config, step, state = open_run(given, resume)
     meta, train_data, val_data = load_data(config)
     device, machine = choose_machine(config)
-    if state:
-        check_state(state, meta, config, resume)
 
-    model = build_model(config, device, state)  # the plain model: to evaluate, save and sample
+    weights = first_weights(config, meta, step, state)  # on rank 0 alone
+    model = build_model(config, device, weights)  # the plain model: to evaluate, save and sample
     parallel = model  # what averages gradients over the ranks: FSDP2, which is part of the model, or DDP around it
     if world > 1 and config.shard == 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     forward = torch.compile(parallel) if config.compile else parallel
+    # Computes matrix products in the run's dtype, while weights and sums stay in float32.
+    autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     optimizers = make_optimizers(model, config)
-    step = restore_optimizers(model, optimizers, state) if resume else 0
-    del state
-    stop_at = config.stop_at or config.steps
-    if step >= stop_at:
-        stop_all_ranks(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
+    if step > 0:
+        restore_optimizers(model, optimizers, state)
+    del state, weights  # the whole model, in main memory
     if rank == 0:
-        prepare_folder(config, step, may_exist=resume or "out" in given)
+        prepare_folder(config, step, may_exist=step > 0 or "out" in given)
 
     log = Log(config, model, step, peak_flops(device, config.dtype), started)
     log.header(train_data, val_data, machine)
-    saver, stop_request = Saver(config, meta, log), StopRequest(parent)
+    saver, stop_requested = Saver(config, meta, log), watch_for_stop(parent)
     best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
     rows = config.batch_tokens // config.seq_len // world  # sequences per rank in a step
     skipped, stopping = 0, False
 
-    while step < stop_at and not stopping:
+    while step < config.stop_at and not stopping:
         # One optimizer step. Its batch and its dropout depend on the seed and the step number, and on nothing else.
-        indices = train_data.batch_indices(config.seed, step, rows * world)
+        indices = batch_indices(train_data.n_windows, config.seed, step, rows * world)
         loss = torch.zeros((), device=device)
         for row in range(rank * rows, (rank + 1) * rows, config.micro_batch):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, row)).generate_state(1)[0]))
-            inputs, targets = train_data.get(indices[row : row + config.micro_batch], device)
+            tokens = torch.from_numpy(train_data.get(indices[row : row + config.micro_batch])).to(device)
+            inputs, targets = tokens[:, :-1], tokens[:, 1:]  # the target of each token is the next one
             sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
-            with autocast(config, device):
+            with autocast:
                 micro_loss = forward(inputs, targets) * (config.micro_batch / rows)
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -201,21 +193,22 @@ def train(given: dict, resume: bool) -> None:
                 optimizer.step()
         else:
             skipped += 1
-            problem = describe_bad_step(step, loss, grad_norm)
+            bad = [r for r, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
+            problem = f"step {step + 1}: the gradient norm is {grad_norm}; non-finite loss on ranks {bad or 'none'}"
             if skipped > config.skip_bad_steps:
                 saver.wait()
                 stop_all_ranks(f"{problem}; stopped before the update: --resume with a lower --lr or --skip_bad_steps")
             log.line(f"{problem}; skipped")
         model.zero_grad()
         step += 1
-        stopping = stop_request.made()
+        stopping = stop_requested()
 
-        is_last, is_best = stopping or step == stop_at, False
+        is_last, is_best = stopping or step == config.stop_at, False
         log.progress(step)
         if step % config.log_every == 0 or step == 1 or is_last:
             log.step(step, loss, grad_norm, skipped)
-        if step == stop_at or (step % config.eval_every == 0 and not stopping):
-            val_loss, val_error = evaluate(model, val_data, config, device)
+        if step == config.stop_at or (step % config.eval_every == 0 and not stopping):
+            val_loss, val_error = evaluate(model, val_data, config, device, autocast)
             log.evaluation(step, val_loss, val_error, meta["val"])
             is_best, best_loss = val_loss < best_loss, min(val_loss, best_loss)
         if step % config.save_every == 0 or is_last or is_best:
@@ -223,43 +216,39 @@ def train(given: dict, resume: bool) -> None:
 
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
-    log.end(step, sample(model, meta, config, device) if step == stop_at else None)
+    tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
+    log.end(step, sample(model, tokenizer, config.seed) if step == config.stop_at else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Opening a run
 
 
-def open_run(given: dict, resume: bool) -> tuple[Config, dict | None, bool]:
-    """Return the config and whether the run resumes from a checkpoint, on all ranks, and the state to start from, on
-    rank 0 (None for new weights)."""
+def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
+    """Return the config and the number of steps already done, on all ranks, and on rank 0 the state to start from (None
+    for new weights). Without a checkpoint in its folder, even --resume starts a new run."""
     check_same("version or setting", {"torch": torch.__version__, "resume": resume, **given})
-    if resume and "out" in given:  # nodes that do not share the folder would each see their own checkpoints
-        newest = max((record.name for record in Path(given["out"]).glob("step-*.json")), default="")
-        first, *others = from_all_ranks(newest)
-        if missed := [other for other in others if other > first]:
-            stop_all_ranks(f"rank 0 does not see {missed[0]} in {given['out']}: all nodes must share that folder")
-    config = state = None
-    if dist.get_rank() == 0:
-        config, state, resume = find_run(given, resume)
-    config, resume = from_rank_0((config, resume))
-    return config, state, resume
+    out, step, state = given.get("out"), 0, None
+    newest = max((record.name for record in Path(out).glob("step-*.json")), default="") if resume and out else ""
+    seen = from_all_ranks(newest)  # nodes that do not share the folder would each see their own checkpoints
+    if max(seen) > seen[0]:
+        stop_all_ranks(f"rank 0 does not see {max(seen)} in {out}: all nodes must share that folder")
+    if dist.get_rank() > 0:
+        return *from_rank_0(None), None  # rank 0 decides, and sends the result at the end of this function
 
-
-def find_run(given: dict, resume: bool) -> tuple[Config, dict | None, bool]:
-    """What open_run returns, on rank 0. Without a checkpoint in its folder, even --resume starts a new run."""
-    out, state = given.get("out"), None
     if not resume and out and any(Path(out).glob("*.json")):
         fail(f"{out} already holds a run: continue it with --out {out} --resume, or choose another --out")
-    if resume and out and not any(Path(out).glob("step-*.json")):
+    if resume and out and not newest:
         print(f"there is no checkpoint in {out} yet: starting from step 0")
         resume = False
         if Path(out, "config.json").exists():
             given = {**read_settings(Path(out, "config.json")), **given}
     if resume:
         run = Path(out) if out else newest_run()
+        lock(run)
         state, record = load_checkpoint(run)
-        print(f"resuming {record.with_suffix('')}, step {state['step']}")
+        step = state["step"]
+        print(f"resuming {record.with_suffix('')}, step {step}")
         saved = {**state["config"], "stop_at": None, "out": str(run)}
         for name, value in given.items():
             if name in saved and saved[name] != value:
@@ -269,29 +258,37 @@ def find_run(given: dict, resume: bool) -> tuple[Config, dict | None, bool]:
         state, _ = load_source(given["init"])
         given = {**model_settings(state["config"]), "dropout": GPTConfig.dropout, **given}
     config = build_config(given)
+    if step > 0 and lr_at(step, config) > max(2 * lr_at(step, build_config(saved)), config.lr / 10):
+        print(f"the learning rate rises to {lr_at(step, config):.2g}: --steps, --lr and --warmup give the new schedule")
     if config.out is None:
         config.out = next(out for n in range(1, 10**6) if not Path(out := f"runs/{config.preset}-{n}").exists())
+    if step >= config.stop_at:
+        fail(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
     world, n_micro = dist.get_world_size(), config.batch_tokens // (config.micro_batch * config.seq_len)
     if n_micro % world:
         legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
-        all_micro = f"the {n_micro} micro-batches of {config.batch_tokens} batch_tokens"
-        fail(f"{world} processes cannot share {all_micro} equally: use {legal} processes, or another micro_batch")
+        fail(f"{world} processes cannot share {n_micro} micro-batches equally: use {legal}, or another micro_batch")
     if world % config.shard:
         fail(f"{world} processes cannot be divided into groups of --shard {config.shard}")
-    return config, state, resume
+    return *from_rank_0((config, step)), state
 
 
-def check_state(state: dict, meta: dict, config: Config, resume: bool) -> None:
-    """End the program unless a checkpoint fits the data and the settings. A model only understands the tokens that it
-    was trained on, and a resumed run needs its own data and optimizer."""
+def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> dict[str, Tensor]:
+    """The weights to start with, on rank 0: those of `state`, or new ones. Ends the program unless a checkpoint fits:
+    a model only understands the tokens that it was trained on, and a resumed run needs its own data and optimizer."""
+    if dist.get_rank() > 0:
+        return {}
+    if state is None:
+        torch.manual_seed(config.seed)
+        return GPT(config).state_dict()
     try:
         if state["tokenizer"]["ranks"] != meta["tokenizer"]["ranks"]:
             fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the checkpoint's tokenizer")
-        if resume and state["data"] != hashes(meta, "train"):
+        if step > 0 and state["data"] != shard_hashes(meta, "train"):
             fail(f"{config.data} is not the data set that this run started with: prepare it again, or start a new run")
-        if resume and (trained_with := state["config"]["optimizer"]) != config.optimizer:
+        if step > 0 and (trained_with := state["config"]["optimizer"]) != config.optimizer:
             fail(f"{config.out} was trained with --optimizer {trained_with} and must continue with it")
-        model_with(config, state["model"])
+        return model_with(config, state["model"]).state_dict()
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())}")
 
@@ -301,6 +298,7 @@ def prepare_folder(config: Config, step: int, may_exist: bool) -> None:
     run = Path(config.out)
     try:
         run.mkdir(parents=True, exist_ok=may_exist)
+        lock(run)
         for unfinished in run.glob("*.partial"):  # left by a process that was killed
             unfinished.unlink()
         for record in run.glob("step-*.json"):  # damaged checkpoints that were skipped
@@ -309,6 +307,19 @@ def prepare_folder(config: Config, step: int, may_exist: bool) -> None:
         prepare.write_json(run / "config.json", config.chosen())
     except OSError as error:
         fail(f"cannot write to {run}: {error.strerror}")
+
+
+def lock(run: Path) -> None:
+    """End the program if another process trains in the folder. The lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, since closing it would release the lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another process is training in {run}: wait for its end, or choose another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,35 +345,14 @@ def permute(numbers: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
-class Windows:
-    """A split's tokens, shard after shard, as windows of seq_len inputs and their targets, shifted by one token."""
-
-    def __init__(self, shards: list[np.ndarray], seq_len: int):
-        self.shards, self.seq_len = shards, seq_len
-        self.starts = np.cumsum([0] + [len(shard) for shard in shards])
-        self.n_tokens = int(self.starts[-1])
-        self.n_windows = (self.n_tokens - 1) // seq_len
-
-    def window(self, index: int) -> np.ndarray:
-        """Tokens [seq_len + 1] of window `index`, which may span several shards."""
-        begin, end = index * self.seq_len, (index + 1) * self.seq_len + 1
-        first, last = np.searchsorted(self.starts, [begin, end - 1], side="right") - 1
-        parts = zip(self.starts[first : last + 1], self.shards[first : last + 1])
-        return np.concatenate([shard[max(begin - start, 0) : end - start] for start, shard in parts])
-
-    def get(self, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [len(indices), seq_len] of these windows."""
-        windows = torch.from_numpy(np.stack([self.window(i) for i in indices]).astype(np.int64))
-        return windows[:, :-1].to(device), windows[:, 1:].to(device)
-
-    def batch_indices(self, seed: int, step: int, rows: int) -> np.ndarray:
-        """The windows [rows] of a step. Each epoch visits every window once, in an order of its own."""
-        position = np.arange(step * rows, (step + 1) * rows)
-        epochs, places = position // self.n_windows, position % self.n_windows
-        indices = np.empty(rows, np.int64)
-        for epoch in np.unique(epochs):
-            indices[epochs == epoch] = permute(places[epochs == epoch], self.n_windows, (seed, int(epoch)))
-        return indices
+def batch_indices(n_windows: int, seed: int, step: int, rows: int) -> np.ndarray:
+    """The windows [rows] of a step. Each epoch visits every window once, in an order of its own."""
+    position = np.arange(step * rows, (step + 1) * rows)
+    epochs, places = position // n_windows, position % n_windows
+    indices = np.empty(rows, np.int64)
+    for epoch in np.unique(epochs):
+        indices[epochs == epoch] = permute(places[epochs == epoch], n_windows, (seed, int(epoch)))
+    return indices
 
 
 def load_data(config: Config) -> tuple[dict, Windows, Windows]:
@@ -370,36 +360,33 @@ def load_data(config: Config) -> tuple[dict, Windows, Windows]:
     and sets the vocabulary of the model if it is open."""
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
     for my_turn in (dist.get_rank() == 0, first_on_node):  # nodes without a shared disk prepare their own
-        if my_turn and config.data == DEFAULT_DATA and not Path(DEFAULT_DATA, "meta.json").exists():
-            print(f"preparing the default corpus in {DEFAULT_DATA}, once", flush=True)
-            prepare.prepare([], DEFAULT_DATA)
+        if my_turn and config.data == Config.data and not Path(Config.data, "meta.json").exists():
+            print(f"preparing the default corpus in {Config.data}, once", flush=True)
+            prepare.prepare([], Config.data)
         dist.barrier()
     meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
-    check_same("data set", {f"SHA-256 of {split}": hashes(meta, split) for split in prepare.SPLITS})
+    check_same("data set", {f"SHA-256 of {split}": shard_hashes(meta, split) for split in prepare.SPLITS})
     train_data, val_data = (Windows(shards[split], config.seq_len) for split in prepare.SPLITS)
     for split, windows in zip(prepare.SPLITS, (train_data, val_data)):
         if windows.n_windows < 1:
-            size = f"{windows.n_tokens} tokens, fewer than a window of {config.seq_len} and its target"
-            fail(f"the {split} split of {config.data} has {size}: use a smaller --seq_len, or more text")
-    if config.vocab_size is None:
-        config.vocab_size = meta["vocab_size"]
-    elif config.vocab_size < meta["vocab_size"]:
+            fail(f"the {split} split of {config.data} is shorter than a window: use a smaller --seq_len, or more text")
+    config.vocab_size = config.vocab_size or meta["vocab_size"]
+    if config.vocab_size < meta["vocab_size"]:
         sizes = f"the model's vocabulary of {config.vocab_size} is smaller than the data's {meta['vocab_size']}"
         fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
     return meta, train_data, val_data
 
 
-def hashes(meta: dict, split: str) -> list[str]:
-    return [shard["sha256"] for shard in meta[split]["shards"]]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and optimizers
 
+FROM_RANK_0 = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+TO_RANK_0 = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def build_model(config: Config, device: torch.device, state: dict | None) -> GPT:
-    """The model on its device, with the weights of `state` or new ones. Only rank 0 has them: it sends each rank the
-    part that it needs, so that with --shard no other rank ever holds the whole model."""
+
+def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]) -> GPT:
+    """The model on its device. Only rank 0 has the weights: it sends each rank the part that it needs, so that with
+    --shard no other rank ever holds the whole model."""
     with torch.device("meta"):
         model = GPT(config)
     if config.shard > 1:
@@ -414,10 +401,6 @@ def build_model(config: Config, device: torch.device, state: dict | None) -> GPT
         fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
     model.tie_head()
-    weights = {}
-    if dist.get_rank() == 0:
-        torch.manual_seed(config.seed)
-        weights = (model_with(config, state["model"]) if state else GPT(config)).state_dict()
     dcp.set_model_state_dict(model, weights, options=FROM_RANK_0)
     return model
 
@@ -475,16 +458,13 @@ class Muon(torch.optim.Muon):
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
                 mean = self.state[matrix]["momentum_buffer"]
                 mean.lerp_(matrix.grad, 1 - group["momentum"])
-                ahead = matrix.grad.lerp(mean, group["momentum"])  # Nesterov momentum
-                ahead = whole(ahead.to(self.dtype))
+                ahead = whole(matrix.grad.lerp(mean, group["momentum"]).to(self.dtype))  # Nesterov momentum
                 if i % world == rank:
                     mine.append(ahead)
-            updates = orthogonalised(torch.stack(mine)) if mine else None
+            updates = orthogonalised(torch.stack(mine)).contiguous() if mine else None
+            received = torch.empty(shape, dtype=self.dtype, device=matrices[0].device)
             for i, matrix in enumerate(matrices):
-                if i % world == rank:
-                    update = updates[i // world].contiguous()
-                else:
-                    update = torch.empty(shape, dtype=self.dtype, device=matrix.device)
+                update = updates[i // world] if i % world == rank else received
                 if world > 1:  # a single rank may be on a device without a backend, such as mps
                     dist.broadcast(update, src=i % world)
                 if isinstance(matrix, DTensor):
@@ -503,28 +483,26 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     matrices = muon_matrices(model, config)
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    decayed, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+    groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
+    shared = {"lr": config.lr, "weight_decay": config.weight_decay}
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, **shared)
     if not matrices:
         return [adamw]
-    how = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
-    return [Muon(matrices, getattr(torch, config.dtype), **how), adamw]
+    return [Muon(matrices, getattr(torch, config.dtype), momentum=config.momentum, **shared), adamw]
 
 
-def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> int:
-    """Load the optimizer state that rank 0 has read, on all ranks. Returns the step that it belongs to."""
-    saved = defaultdict(dict)
+def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
+    """Load the optimizer state that rank 0 has read, on all ranks."""
+    nested = {}
     if dist.get_rank() == 0:
+        saved = defaultdict(dict)
         for name, tensor in state["optimizer"].items():
             parameter, _, key = name.rpartition(".")
             saved[parameter][key] = tensor.clone()
-    # Groups without hyperparameters keep those of the command line.
-    nested = {"state": dict(saved), "param_groups": [{"params": list(saved)}]} if saved else {}
+        # Groups without hyperparameters keep those of the command line.
+        nested = {"state": dict(saved), "param_groups": [{"params": list(saved)}]}
     dcp.set_optimizer_state_dict(model, optimizers, nested, options=FROM_RANK_0)
-    return from_rank_0(state and state["step"])
 
 
 def lr_at(step: int, config: Config) -> float:
@@ -534,17 +512,13 @@ def lr_at(step: int, config: Config) -> float:
     return config.lr * min(rise, 1.0, fall)
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Compute matrix products in the run's dtype, while weights and sums stay in float32."""
-    return torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation and checkpoints. A checkpoint is a tensor file, then a small JSON file that names it: without the JSON, it
+# does not exist
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Windows, config: Config, device: torch.device) -> tuple[float, float]:
+def evaluate(model: GPT, data: Windows, config: Config, device: torch.device, autocast) -> tuple[float, float]:
     """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers, so that
     training continues as if there had been no evaluation."""
     n = min(data.n_windows, max(1, config.eval_tokens // data.seq_len))
@@ -555,46 +529,16 @@ def evaluate(model: GPT, data: Windows, config: Config, device: torch.device) ->
     model.eval()
     losses = []
     for i in range(0, share, config.micro_batch):
-        inputs, targets = data.get(indices[i : i + config.micro_batch], device)
-        with autocast(config, device):
-            logits = model(inputs)
-        each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        losses.append(each.view_as(targets).mean(1).cpu().double())
+        tokens = torch.from_numpy(data.get(indices[i : i + config.micro_batch])).to(device)
+        with autocast:
+            logits = model(tokens[:, :-1])
+        each = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        losses.append(each.view(len(tokens), -1).mean(1).cpu().double())
     model.train()
     losses = torch.cat(losses)[counted]
     (total,) = sum_over_ranks(losses.sum())
     (squares,) = sum_over_ranks((losses - total / n).square().sum())
     return total / n, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan
-
-
-def sample(model: GPT, meta: dict, config: Config, device: torch.device) -> str:
-    """200 tokens that the model writes into an empty document."""
-    tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
-    torch.manual_seed(config.seed)
-    model.eval()
-    prompt = torch.tensor([[tokenizer.eot_token]], device=device)
-    tokens = islice(generate(model, prompt, n_vocab=tokenizer.n_vocab), 200)
-    return b"".join(prepare.token_bytes(tokenizer, ids.item()) for ids in tokens).decode(errors="replace")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a tensor file, then a small JSON file that names it. Without the JSON, the checkpoint does not exist
-
-TO_RANK_0 = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-FROM_RANK_0 = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-
-
-def snapshot(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
-    """Copies of all weights and of the optimizer state, by name, on rank 0. Every rank must call it."""
-    weights = dcp.get_model_state_dict(model, options=TO_RANK_0)
-    state = dcp.get_optimizer_state_dict(model, optimizers, options=TO_RANK_0).get("state", {})
-    if model.config.tied:
-        weights.pop("head.weight", None)
-    moments = {f"{name}.{key}": tensor for name, tensors in state.items() for key, tensor in tensors.items()}
-    for tensors in (weights, moments):
-        for name in tensors:  # on a CPU they are the live tensors, which the next step changes
-            tensors[name] = tensors[name].clone()
-    return {"model": weights, "optimizer": moments}
 
 
 def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: float | None = None) -> None:
@@ -632,21 +576,27 @@ class Saver:
 
     def save(self, step: int, model: GPT, optimizers: list, best_loss: float | None = None) -> None:
         """Save the state after `step` steps; `best_loss` marks it as the best. Training waits only for the previous
-        save and for a copy of the state."""
+        save and for a copy of the state on rank 0."""
         start, config = time.monotonic(), self.config
         if problem := self.wait():
             self.log.line(f"{problem}; trying again")
-        state = {"step": step, "config": config.chosen(), **snapshot(model, optimizers)}
-        state |= {"tokenizer": self.meta["tokenizer"], "data": hashes(self.meta, "train")}
+        weights = dcp.get_model_state_dict(model, options=TO_RANK_0)
+        if config.tied:
+            weights.pop("head.weight", None)
+        optimizer = dcp.get_optimizer_state_dict(model, optimizers, options=TO_RANK_0).get("state", {})
+        moments = {f"{name}.{key}": tensor for name, state in optimizer.items() for key, tensor in state.items()}
+        for tensors in (weights, moments):
+            for name in tensors:  # on a CPU they are the live tensors, which the next step changes
+                tensors[name] = tensors[name].clone()
         if dist.get_rank() == 0:
-            arguments = (Path(config.out), step, state, config.keep, best_loss)
-            self.writing = self.thread.submit(save_checkpoint, *arguments)
+            state = {"step": step, "config": config.chosen(), "model": weights, "optimizer": moments}
+            state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
+            self.writing = self.thread.submit(save_checkpoint, Path(config.out), step, state, config.keep, best_loss)
         self.log.record(step=step, save_stall=time.monotonic() - start)
 
     def wait(self) -> str | None:
-        """Wait on all ranks until the last save is on disk. Returns what went wrong, if anything. The ranks poll, so
-        that none of them takes a long save for a rank that does not answer."""
-        while any_rank(self.writing is not None and not self.writing.done()):
+        """Wait on all ranks until the last save is on disk. Returns what went wrong, if anything."""
+        while any_rank(self.writing is not None and not self.writing.done()):  # one long wait could reach --timeout
             time.sleep(0.1)
         error = self.writing.exception() if self.writing else None
         self.writing = None
@@ -664,14 +614,12 @@ class Log(Console):
     def __init__(self, config: Config, model: GPT, step: int, peak: float | None, started: float):
         super().__init__(sys.stdout)
         self.config, self.model, self.peak, self.started = config, model, peak, started
-        self.stop_at, self.file, self.board = config.stop_at or config.steps, None, None
+        self.path, self.board = Path(config.out, "metrics.jsonl"), None
         self.first = self.last = (step, time.monotonic())  # of this process, of the line before
         if dist.get_rank() == 0:
-            path = Path(config.out, "metrics.jsonl")
-            rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-            path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            self.path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -679,11 +627,11 @@ class Log(Console):
 
     def record(self, **row) -> None:
         """Append a row to metrics.jsonl and to TensorBoard."""
-        if self.file is None:  # not on rank 0
+        if dist.get_rank() > 0:
             return
         try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         except OSError as error:  # such as a full disk, which may have room again for the next checkpoint
             print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
         if self.board:
@@ -701,15 +649,13 @@ class Log(Console):
             "steps": f"{config.steps:,} of {config.batch_tokens:,} tokens: {epochs}",
             **machine,
         }
-        print("\n".join(f"{name:8} {text}" for name, text in lines.items()), flush=True)
+        self.line("\n".join(f"{name:8} {text}" for name, text in lines.items()))
 
     def progress(self, step: int) -> None:
-        """Update the live line of a terminal."""
-        self.glimpse(f"step {step:,}/{self.config.steps:,}  {self.time_left(step)} left")
-
-    def time_left(self, step: int) -> str:
+        """Estimate the time left, and show it in the live line of a terminal."""
         first_step, start = self.first
-        return clock((time.monotonic() - start) / (step - first_step) * (self.stop_at - step))
+        self.left = clock((time.monotonic() - start) / (step - first_step) * (self.config.stop_at - step))
+        self.glimpse(f"step {step:,}/{self.config.steps:,}  {self.left} left")
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, skipped: int) -> None:
         """Log a step: its loss, averaged over the ranks, and the throughput since the previous line."""
@@ -726,7 +672,7 @@ class Log(Console):
         if self.peak:
             row["mfu"] = speed * self.model.flops_per_token() / (self.peak * world)
             text += f"  {row['mfu']:4.0%} of peak"
-        self.line(f"{text}  {self.time_left(step)} left")
+        self.line(f"{text}  {self.left} left")
         self.record(**row)
         self.last = (step, time.monotonic())
 
@@ -741,21 +687,14 @@ class Log(Console):
     def end(self, step: int, text: str | None) -> None:
         """Print how the run ended, `text` that the model wrote if it completed, and what to do next."""
         launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
-        resume = f"{launcher}train.py --out {self.config.out} --resume"
+        resume = f"to continue: {launcher}train.py --out {self.config.out} --resume"
         if text is None:
-            return print(f"stopped at step {step} and saved; to continue: {resume}")
-        print(f"\na sample:\n{text}\n\n{self.result} after {clock(time.monotonic() - self.started)}")
-        print(f"the run is in {self.config.out}")
+            return self.line(f"stopped at step {step} and saved; {resume}")
+        self.line(f"\na sample:\n{text}\n\n{self.result} after {clock(time.monotonic() - self.started)}")
+        self.line(f"the run is in {self.config.out}")
         if step < self.config.steps:
-            print(f"to continue: {resume}")
-        print(f"next: python sample.py {self.config.out} --interactive")
-
-
-def clock(seconds: float) -> str:
-    """4000 -> 1:06:40"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+            self.line(resume)
+        self.line(f"next: python sample.py {self.config.out} --interactive")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -784,7 +723,6 @@ def choose_machine(config: Config) -> tuple[torch.device, dict[str, str]]:
     config.dtype, dtype_reason = from_rank_0(choose_dtype(config.dtype, device))
     if config.compile is None:
         config.compile = device.type == "cuda"
-        config.derived.append("compile")
     return device, {
         "ranks": describe_ranks(device),
         "device": f"{device} ({device_reason})",
@@ -815,12 +753,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == "bfloat16" else ""
         return next((gpu.flops for kind, gpu in ACCELERATORS.items() if kind in name), None)
     a, b = torch.randn(2, 1024, 1024).to(getattr(torch, dtype))
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(seconds)
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -852,18 +785,16 @@ def stop_all_ranks(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def from_rank_0(value):
-    """Rank 0's `value`, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def from_all_ranks(value) -> list:
     """The `value` of every rank, on every rank."""
     box = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def from_rank_0(value):
+    """Rank 0's `value`, on every rank."""
+    return from_all_ranks(value)[0]
 
 
 def sum_over_ranks(*numbers: float) -> list[float]:
@@ -879,18 +810,12 @@ def any_rank(condition: bool) -> bool:
 
 def check_same(what: str, mine: dict) -> None:
     """Stop unless `mine` is the same on every rank."""
-    first, *others = from_all_ranks(mine)
-    for rank, theirs in enumerate(others, start=1):
-        for name in sorted(first.keys() | theirs.keys()):
-            if (other := theirs.get(name)) != first.get(name):
-                difference = f"{name} is {other}, not {first.get(name)}"
-                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {difference}")
-
-
-def describe_bad_step(step: int, loss: Tensor, grad_norm: Tensor) -> str:
-    finite = enumerate(from_all_ranks(loss.isfinite().item()))
-    ranks = ", ".join(str(rank) for rank, is_finite in finite if not is_finite) or "none"
-    return f"step {step + 1}: the gradient's norm is {grad_norm}, the loss not finite on rank {ranks}"
+    everyone = from_all_ranks(mine)
+    for rank, theirs in enumerate(everyone):
+        for name in sorted(everyone[0] | theirs):
+            first, other = everyone[0].get(name), theirs.get(name)
+            if repr(other) != repr(first):  # nan differs from itself
+                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {other}, not {first}")
 
 
 def describe_ranks(device: torch.device) -> str:
@@ -908,21 +833,13 @@ def describe_ranks(device: torch.device) -> str:
     return text
 
 
-class StopRequest:
-    """Tells whether the run should stop early: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, or when torchrun dies."""
-
-    def __init__(self, parent: int):
-        self.signalled, self.parent = False, parent
-        for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows lacks the third
-            signal.signal(getattr(signal, name), self.receive)
-
-    def receive(self, *_) -> None:
-        self.signalled = True
-
-    def made(self) -> bool:
-        """The same answer on every rank."""
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
-        return any_rank(self.signalled or orphaned)
+def watch_for_stop(parent: int) -> Callable[[], bool]:
+    """Return a function that tells whether the run should stop early: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, or
+    when torchrun, the process `parent`, dies. It gives the same answer on every rank."""
+    received, under_torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows lacks the third
+        signal.signal(getattr(signal, name), lambda number, frame: received.append(number))
+    return lambda: any_rank(bool(received) or (under_torchrun and os.getppid() != parent))
 
 
 def silent_ranks(store: dist.Store, rank: int, world: int) -> list[int]:
@@ -952,22 +869,20 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest")
-    parser.add_argument("--config", metavar="FILE.json", help="read settings from a file, such as a run's config.json")
+    parser.add_argument("--config", type=read_settings, metavar="FILE.json", help="read settings from a config.json")
     parser.add_argument("--plan", action="store_true", help="estimate what the run will take; see plan.py --help")
     hints = typing.get_type_hints(Config)
     for title, cls in (("training", Config), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
         for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE):
-            hint, default = hints[name], getattr(cls, name)
+            legal, default = typing.get_args(hints[name]) or (hints[name],), getattr(cls, name)
             text += f" ({default})" if default is not None else ""
-            if isinstance(hint, types.UnionType):  # int | None: the flag takes an int
-                hint = hint.__args__[0]
-            if hint is bool:
+            if isinstance(legal[0], str):  # Literal["muon", "adamw"]
+                group.add_argument(f"--{name}", choices=legal, help=text)
+            elif legal[0] is bool:
                 group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
-            elif typing.get_origin(hint) is Literal:
-                group.add_argument(f"--{name}", choices=typing.get_args(hint), help=text)
-            else:
-                group.add_argument(f"--{name}", type=hint, metavar=hint.__name__.upper(), help=text)
+            else:  # int, or int | None, of which the flag takes the int
+                group.add_argument(f"--{name}", type=legal[0], metavar=legal[0].__name__.upper(), help=text)
     return parser
 
 
@@ -985,7 +900,7 @@ def read_settings(path: str | Path) -> dict:
 def build_config(given: dict) -> Config:
     """The config with the settings `given`, over those of the preset that they name. Ends the program on failure."""
     preset = given.get("preset", Config.preset)
-    if preset not in PRESETS:
+    if preset not in list(PRESETS):
         fail(f"no preset is called {preset!r}: use {', '.join(PRESETS)}")
     settings = {**PRESETS[preset], **RECIPES.get(preset, PUBLISHED), **given}
     if unknown := settings.keys() - {f.name for f in fields(Config)}:
@@ -998,7 +913,7 @@ def build_config(given: dict) -> Config:
 
 def launch(work: Callable, given: dict, *more) -> None:
     """Join the process group and call work(given, *more) in it. Ends every rank with a fitting message and status."""
-    store = start_processes(given.get("timeout", Config.timeout))
+    store = start_processes(build_config({"timeout": given.get("timeout", Config.timeout)}).timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     status, trace = 0, None
     try:
@@ -1009,25 +924,25 @@ def launch(work: Callable, given: dict, *more) -> None:
     except Exception as error:
         if world == 1:
             raise
-        status, trace, reason = 1, traceback.format_exc(), str(error).split(". ")[0]
-    # Not inside the except: there the traceback still holds the model, and the model the connections to be closed.
+        trace, reason = traceback.format_exc(), str(error).split(". ")[0]
+    # After the except: inside it the error holds the model, and the model the connections that must be closed here.
     dist.destroy_process_group()
     if trace:
         silent = ", ".join(map(str, silent_ranks(store, rank, world)))
-        message = f"train.py: error: rank {silent} of {world} does not answer ({reason})" if silent else trace
-        print(message, file=sys.stderr)
+        status = f"train.py: error: rank {silent} of {world} does not answer ({reason})" if silent else trace
     if status:
         sys.exit(status)
 
 
 def main() -> None:
+    prepare.tolerate_streams()
     if "--plan" in sys.argv:
         import plan
 
         return plan.main()
     given = vars(make_parser().parse_args())
-    resume, file = given.pop("resume", False), given.pop("config", None)
-    launch(train, {**(read_settings(file) if file else {}), **given}, resume)
+    resume, settings = given.pop("resume", False), given.pop("config", {})
+    launch(train, {**settings, **given}, resume)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ def call(monkeypatch, tmp_path):
     def call_main(script, *arguments):
         monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
         script.main()
+        for path in tmp_path.rglob(".lock"):
+            path.open().close()  # releases the lock on a run, as the end of a process does
 
     yield call_main
     for number, handler in handlers.items():

@@ -273,6 +273,22 @@ def test_shards_follow_each_other_and_read_back(call, tmp_path, monkeypatch):
     assert plain.dtype == np.uint16 and np.array_equal(plain, shards["train"][1])
 
 
+def test_windows_run_through_shards_as_if_they_were_one():
+    tokens = np.random.default_rng(0).integers(0, 60_000, 500).astype(np.uint16)
+    windows = prepare.Windows(np.split(tokens, [3, 4, 100, 333]), seq_len=7)
+    taken = windows.get(np.arange(windows.n_windows))
+    inputs, targets = taken[:, :-1].flatten(), taken[:, 1:].flatten()
+    assert inputs.tolist() == tokens[: len(inputs)].tolist()
+    assert targets.tolist() == tokens[1 : len(targets) + 1].tolist()
+    assert 500 - len(targets) - 1 < 7
+
+
+def test_the_last_window_has_its_last_target():
+    for n_tokens, n_windows in ((100, 9), (101, 10), (110, 10), (111, 11)):
+        windows = prepare.Windows([np.arange(n_tokens, dtype=np.uint16)], seq_len=10)
+        assert windows.n_windows == n_windows and windows.get(np.array([n_windows - 1]))[0, -1] == 10 * n_windows
+
+
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
     ranks = prepare.BYTES | {i.to_bytes(3, "big"): i for i in range(256, 70_000)}
     tokenizer = prepare.make_tokenizer("wide", prepare.GPT4_PATTERN, ranks)

@@ -69,7 +69,7 @@ def test_a_seed_repeats_a_draw_and_another_seed_does_not(call, run, capsys):
         call(sample, run, "--seed", seed, "--n", 3, "--tokens", 40)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
-    assert texts[0].count("--- ") == 3
+    assert len({text.partition("\n")[2] for text in texts[0].split("--- ")[1:]}) == 3
 
 
 def test_continuations_in_a_batch_are_those_of_a_model_alone(run):
@@ -130,6 +130,16 @@ def test_bad_input_is_one_sentence(refused, run, arguments, told):
 
 def test_without_any_run_it_says_how_to_make_one(refused):
     assert "python train.py" in refused(sample)
+
+
+def test_other_encodings_and_closed_streams_end_nothing(run):
+    """A prompt in another encoding, output to a terminal that lacks characters, no standard input."""
+    command = [sys.executable, ROOT / "sample.py", run, "--interactive", "--tokens", "5"]
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, input="\x81é 你好\n\n".encode(), env=env, capture_output=True, check=True)
+    assert b"> " in done.stdout
+    shell_command = f"{sys.executable} {ROOT / 'sample.py'} {run} --interactive <&-"
+    assert subprocess.run(shell_command, shell=True, capture_output=True, check=True).stdout == b"> \n"
 
 
 def test_help_says_what_the_script_does_without_loading_torch():

@@ -12,6 +12,9 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import typing
 from pathlib import Path
 from shlex import split
 
@@ -22,7 +25,7 @@ from conftest import TINY, Ranks, assert_same, rows, shell, state_of, wait_for_s
 
 import prepare
 import train
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, newest_run
 from published import load_model
 
 
@@ -49,20 +52,44 @@ def test_the_shuffle_visits_everything_once(n):
 
 
 def test_each_epoch_visits_each_window_once():
-    windows = train.Windows([np.arange(1003, dtype=np.uint16)], seq_len=10)
-    assert windows.n_windows == 100
-    order = np.concatenate([windows.batch_indices(seed=5, step=s, rows=8) for s in range(25)])  # two epochs
+    order = np.concatenate([train.batch_indices(100, seed=5, step=s, rows=8) for s in range(25)])  # two epochs
     assert sorted(order[:100]) == sorted(order[100:]) == list(range(100))
     assert order[:100].tolist() != order[100:].tolist()
+    other_seed = np.concatenate([train.batch_indices(100, seed=6, step=s, rows=8) for s in range(13)])
+    assert order[:100].tolist() != other_seed[:100].tolist()
 
 
-def test_windows_run_through_shards_as_if_they_were_one():
-    tokens = np.random.default_rng(0).integers(0, 60_000, 500).astype(np.uint16)
-    windows = train.Windows(np.split(tokens, [3, 4, 100, 333]), seq_len=7)
-    inputs, targets = windows.get(np.arange(windows.n_windows), torch.device("cpu"))
-    assert inputs.flatten().tolist() == tokens[: inputs.numel()].tolist()
-    assert targets.flatten().tolist() == tokens[1 : targets.numel() + 1].tolist()
-    assert 500 - targets.numel() - 1 < 7
+def test_each_micro_batch_has_its_own_dropout_whatever_the_size_of_a_step(call, data, monkeypatch):
+    seeds, forward = [], GPT.forward
+
+    def recorded(self, *arguments, **more):
+        if self.training:
+            seeds.append(torch.initial_seed())
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(GPT, "forward", recorded)
+    flags = [*TINY, "--data", data, "--steps", 3, "--batch_tokens", 256]
+    call(train, *flags, "--out", "a")
+    assert len(set(seeds)) == 3 * 4
+    call(train, *flags, "--out", "b", "--stop_at", 2)
+    call(train, "--out", "b", "--resume")
+    assert seeds[12:] == seeds[:12]
+
+
+def test_the_gradient_is_clipped_to_its_maximum_norm_and_not_at_all_with_zero(call, data, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *arguments):
+        norms.append(math.sqrt(sum(p.grad.square().sum() for g in self.param_groups for p in g["params"])))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    flags = [*TINY, "--data", data, "--steps", 2, "--log_every", 1, "--optimizer", "adamw"]
+    for limit in (0.25, 0):
+        call(train, *flags, "--out", f"clip{limit}", "--grad_clip", limit)
+    before = [*rows(tmp_path / "clip0.25", "grad_norm").values(), *rows(tmp_path / "clip0", "grad_norm").values()]
+    assert min(before) > 0.5
+    assert norms == pytest.approx([0.25, 0.25, *before[2:]], rel=1e-4)
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
@@ -89,6 +116,8 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_of_blocks_have_muon
     model = GPT(GPTConfig(vocab_size=50, bias=True))
     optimizers = train.make_optimizers(model, train.Config(optimizer=optimizer, dtype="float32"))
     assert [type(o).__name__ for o in optimizers] == names
+    for group in optimizers[-1].param_groups:  # AdamW's: norms and biases do not decay
+        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
     held = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
     assert sorted(itertools.chain(*held)) == sorted(id(p) for p in model.parameters())
     if optimizer == "muon":
@@ -141,6 +170,16 @@ def test_the_validation_loss_is_that_of_the_saved_model_on_the_held_out_text(run
     assert rows(run, "val_bits_per_byte")[20] == pytest.approx(bits, abs=1e-5)
 
 
+def test_a_short_evaluation_is_spread_over_the_held_out_text(alone, data):
+    _, shards = prepare.load_dataset(data)
+    windows, seen = prepare.Windows(shards["val"], 16), []
+    get = windows.get
+    windows.get = lambda indices: seen.extend(indices) or get(indices)
+    config = train.Config(seq_len=16, vocab_size=257, n_layer=1, eval_tokens=160, dtype="float32")
+    train.evaluate(GPT(config), windows, config, torch.device("cpu"), contextlib.nullcontext())
+    assert len(seen) == 10 and min(np.diff(seen)) >= windows.n_windows // 10 and max(seen) > 0.8 * windows.n_windows
+
+
 # ---- resume
 
 
@@ -183,6 +222,24 @@ def test_resuming_says_what_the_command_line_changes(run, call, capsys):
     assert (run / "step-00000025.json").exists()
 
 
+def test_resuming_past_the_end_of_the_schedule_says_that_the_learning_rate_rises(run, call, capsys):
+    call(train, "--out", run, "--resume", "--steps", 40)
+    assert "the learning rate rises to 0.008: --steps, --lr and --warmup give" in capsys.readouterr().out
+    call(train, "--out", run, "--resume", "--steps", 41)  # ended at 40, where it was almost zero
+    assert "the learning rate rises" not in capsys.readouterr().out
+
+
+def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ended(data, refused, call, tmp_path):
+    first = Ranks(tmp_path, *TINY, "--data", data, "--out", "r", "--steps", 10**6, "--save_every", 5)
+    wait_for_step(tmp_path / "r", 12)
+    assert "another process is training in r" in refused(train, "--out", "r", "--resume", "--steps", 9)
+    os.kill(first.pid(0), signal.SIGKILL)
+    first.finish(-signal.SIGKILL)
+    step = load_checkpoint("r")[0]["step"]
+    call(train, "--out", "r", "--resume", "--stop_at", step + 1, "--eval_tokens", 16)
+    assert not list(Path("r").glob("*.damaged"))
+
+
 def test_another_weight_decay_takes_effect_on_resume(run, call, tmp_path):
     shutil.copytree(run, tmp_path / "other")
     call(train, "--out", run, "--resume", "--steps", 22)
@@ -193,6 +250,22 @@ def test_another_weight_decay_takes_effect_on_resume(run, call, tmp_path):
 
 def test_another_optimizer_is_refused_on_resume(run, refused):
     assert "--optimizer" in refused(train, "--out", run, "--resume", "--steps", 22, "--optimizer", "adamw")
+
+
+def test_a_run_without_a_checkpoint_resumes_with_its_own_settings(call, data, tmp_path):
+    """As after a step that was not finite, before the first save."""
+    call(train, *TINY, "--data", data, "--out", "r", "--steps", 3)
+    for path in (tmp_path / "r").glob("step-*"):
+        path.unlink()
+    call(train, "--out", "r", "--resume", "--lr", 1e-3)
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert (config["data"], config["n_embd"], config["steps"], config["lr"]) == (str(data), 32, 3, 1e-3)
+
+
+def test_changed_sizes_derive_the_others_again(run, call, tmp_path):
+    call(train, "--config", run / "config.json", "--out", "wide", "--n_embd", 64, "--steps", 1, "--stop_at", 1)
+    shape = state_of(tmp_path / "wide", 1)["model"]["blocks.0.mlp.up.weight"].shape
+    assert shape == (GPTConfig(n_embd=64).n_inner, 64)
 
 
 def test_a_signal_between_steps_is_not_lost(call, data, tmp_path, monkeypatch):
@@ -209,10 +282,22 @@ def test_a_signal_between_steps_is_not_lost(call, data, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "r")[0]["step"] == 8
 
 
+def test_training_goes_on_when_the_reader_of_its_output_leaves(data, tmp_path):
+    reader, writer = os.pipe()
+    command = [sys.executable, train.__file__, *TINY, "--data", data, "--out", "r", "--steps", 9, "--log_every", 1]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    assert process.communicate()[1] == b"" and process.returncode == 0
+    assert load_checkpoint(tmp_path / "r")[0]["step"] == 9
+
+
 def test_init_begins_with_the_weights_of_a_run_and_a_new_schedule(run, call, data, tmp_path):
     flags = split("--out tuned --steps 1 --lr 0 --batch_tokens 64 --micro_batch 4 --dtype float32")
     call(train, "--init", run, "--data", data, *flags)
     assert rows(tmp_path / "tuned", "val_loss")[1] == pytest.approx(rows(run, "val_loss")[20], abs=1e-6)
+    assert state_of(tmp_path / "tuned", 1)["optimizer"]["embedding.weight.step"] == 1  # AdamW counts its steps
 
 
 def test_ctrl_c_saves_at_the_end_of_the_step_and_says_how_to_go_on(data, tmp_path):
@@ -237,14 +322,42 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run):
     assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
 
 
-def test_a_worse_evaluation_never_replaces_the_best(tmp_path):
-    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, 2.2)):
-        state = {"step": step, **{key: {} for key in ("config", "model", "optimizer", "tokenizer", "data")}}
-        best = loss < train.read_best(tmp_path).get("val_loss", math.inf)
-        train.save_checkpoint(tmp_path, step, state, keep=1, best_loss=loss if best else None)
-    assert load_checkpoint(tmp_path / "best.json")[0]["step"] == 2
-    assert load_checkpoint(tmp_path)[0]["step"] == 4
-    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step-00000002.pt", "step-00000004.pt"]
+def test_a_worse_evaluation_never_replaces_the_best_even_after_a_resume(call, data, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.4, 2.2])
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(losses), 0.1))
+    flags = [*TINY, "--data", data, "--out", "r", "--steps", 5, "--eval_every", 1, "--keep", 1]
+    call(train, *flags, "--stop_at", 3)
+    call(train, "--out", "r", "--resume")
+    assert load_checkpoint("r/best.json")[0]["step"] == 2 and train.read_best(Path("r"))["val_loss"] == 2.0
+    assert load_checkpoint("r")[0]["step"] == 5
+    assert sorted(p.name for p in Path("r").glob("*.pt")) == ["step-00000002.pt", "step-00000005.pt"]
+
+
+def test_what_is_saved_is_a_copy_of_the_weights_and_of_the_optimizer_state(alone, tmp_path, monkeypatch):
+    config = train.Config(vocab_size=50, dtype="float32", out=str(tmp_path))
+    model = GPT(config)
+    optimizers = train.make_optimizers(model, config)
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    live = {t.data_ptr() for t in model.parameters()}
+    live |= {t.data_ptr() for o in optimizers for state in o.state.values() for t in state.values()}
+    saved = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda run, step, state, *more: saved.append(state))
+    log = train.Log(train.Config(out=str(tmp_path)), model, 0, None, 0.0)
+    saver = train.Saver(config, {"tokenizer": {}, "train": {"shards": []}}, log)
+    saver.save(1, model, optimizers)
+    saver.wait()
+    copies = [t.data_ptr() for kind in ("model", "optimizer") for t in saved[0][kind].values()]
+    assert len(live) > 20 and len(copies) > 20 and not live & set(copies)
+
+
+def test_the_newest_run_is_the_one_that_was_saved_last(tmp_path):
+    for age, name in enumerate(("b", "c", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "step-00000001.json").touch()
+        os.utime(tmp_path / name / "step-00000001.json", (age, age))
+    assert newest_run(tmp_path) == tmp_path / "a"
 
 
 @pytest.mark.parametrize("call_number", range(14))
@@ -299,11 +412,9 @@ def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monk
 
 def test_metrics_that_cannot_be_written_do_not_stop_a_run(alone, tmp_path, capsys):
     log = train.Log(train.Config(out=str(tmp_path)), None, 0, None, 0.0)
-    log.file = open("/dev/full", "w")  # noqa: SIM115
+    log.path = Path("/dev/full")
     log.record(step=7, loss=1.0)
     assert "the metrics of step 7 are lost: [Errno 28]" in capsys.readouterr().err
-    with contextlib.suppress(OSError):
-        log.file.close()
 
 
 def test_a_second_signal_during_the_save_does_not_break_it(call, data, tmp_path, monkeypatch):
@@ -410,6 +521,17 @@ def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path
         (["--no_such_flag", 1], "--no_such_flag"),
         (["--steps", "many"], "--steps"),
         (["--steps", 0], "steps 0"),
+        (["--momentum", 1.5], "momentum 1.5"),
+        (["--skip_bad_steps", -1], "skip_bad_steps -1"),
+        (["--warmup", "nan"], "warmup nan"),
+        (["--lr", "nan"], "lr nan"),
+        (["--lr", "inf"], "lr inf"),
+        (["--lr", -1], "lr -1.0"),
+        (["--seed", -1], "seed -1"),
+        (["--seed", 10**23], f"seed {10**23}"),
+        (["--grad_clip", -1], "grad_clip -1.0"),
+        (["--timeout", "nan"], "timeout nan"),
+        (["--device", "meta"], "--device meta"),
         (["--stop_at", 99, "--steps", 5], "stop_at 99"),
         (["--preset", "gpt9"], "gpt9"),
         (["--data", "data/nowhere"], "data/nowhere"),
@@ -420,7 +542,7 @@ def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path
         (["--batch_tokens", 10], "use 64"),
         (["--n_embd", 30, "--n_head", 4], "n_embd 30 is not divisible by n_head 4"),
         (["--vocab_size", 100], "vocabulary of 100"),
-        (["--seq_len", 4096, "--batch_tokens", 16384], "fewer than a window"),
+        (["--seq_len", 4096, "--batch_tokens", 16384], "shorter than a window"),
         (["--warmup", 0.7, "--decay", 0.7], "warmup 0.7"),
         (["--device", "abacus"], "--device abacus"),
         (["--out", "/proc/nowhere"], "/proc/nowhere"),
@@ -429,6 +551,31 @@ def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path
 def test_bad_input_is_one_sentence_before_the_first_step(refused, data, tmp_path, arguments, told):
     assert told in refused(train, *TINY, "--data", data, *arguments)
     assert not list(tmp_path.glob("**/step-*"))
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"optimizer": "Muon"}, "optimizer 'Muon' is none of muon, adamw"),
+        ({"n_layer": 2.5}, "n_layer 2.5 is not of type int"),
+        ({"gated": "false"}, "gated 'false' is not of type bool"),
+        ({"steps": True}, "steps True is not of type int"),
+        ({"lr": "fast"}, "lr 'fast' is not of type float"),
+        ({"preset": ["toy"]}, "['toy']"),
+        ({"data": 5}, "data 5 is not of type str"),
+        ({"model": {"n_head": None}}, "n_head None is not of type int"),
+        ({"lr": 1e400}, "lr inf"),
+    ],
+)
+def test_a_settings_file_is_checked_as_flags_are(refused, tmp_path, settings, told):
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    assert told in refused(train, "--config", "c.json")
+
+
+def test_every_number_has_a_legal_range():
+    for name, hint in typing.get_type_hints(train.Config).items():
+        if {int, float} & {hint, *typing.get_args(hint)}:
+            assert name in train.Config.RANGES, name
 
 
 def test_an_unknown_key_in_a_settings_file_is_refused(refused, tmp_path):
@@ -455,7 +602,7 @@ def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path
         (tmp_path / f"{name}.txt").write_text(words(3000, seed))
         call(prepare, f"{name}.txt", "--tokenizer", tokenizer)
     assert "not the data set that this run started with" in refused(
-        train, "--out", run, "--resume", "--data", "data/other"
+        train, "--out", run, "--resume", "--steps", 25, "--data", "data/other"
     )
     assert "not with the checkpoint's tokenizer" in refused(
         train, "--init", run, "--data", "data/bpe", "--vocab_size", 300
