@@ -217,7 +217,7 @@ def train(given: dict, resume: bool) -> None:
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
     tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
-    log.end(step, sample(model, tokenizer, config.seed) if step == config.stop_at else None)
+    log.end(step, sample(model, tokenizer, config.seed) if step == config.steps else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -685,16 +685,14 @@ class Log(Console):
         self.last = (step, time.monotonic())
 
     def end(self, step: int, text: str | None) -> None:
-        """Print how the run ended, `text` that the model wrote if it completed, and what to do next."""
-        launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
-        resume = f"to continue: {launcher}train.py --out {self.config.out} --resume"
+        """Print how the run ended, `text` that the model wrote if it is complete, and what to do next."""
         if text is None:
-            return self.line(f"stopped at step {step} and saved; {resume}")
-        self.line(f"\na sample:\n{text}\n\n{self.result} after {clock(time.monotonic() - self.started)}")
-        self.line(f"the run is in {self.config.out}")
-        if step < self.config.steps:
-            self.line(resume)
-        self.line(f"next: python sample.py {self.config.out} --interactive")
+            launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
+            resume = f"{launcher}train.py --out {self.config.out} --resume"
+            self.line(f"stopped at step {step} and saved; to continue: {resume}")
+        else:
+            self.line(f"\na sample:\n{text}\n\n{self.result} after {clock(time.monotonic() - self.started)}")
+            self.line(f"the run is in {self.config.out}; next: python sample.py {self.config.out} --interactive")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -83,32 +83,30 @@ def refused(call, capsys):
 
 # ---- scripts in processes of their own
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["forked"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # finds it
+
 
 class Ranks:
-    """`n` processes that run a script as torchrun would start them, or a single one as python would. `environment` and
-    `folder` may differ between ranks: folder(rank), environment(rank)."""
+    """`n` processes that run a script as torchrun would start them, or a single one as python would. The folder and
+    each argument may be functions of the rank. The output goes to files, or to an existing pipe `stdout`."""
 
-    def __init__(
-        self, folder, *arguments, script: Path = ROOT / "train.py", n: int = 1, stdin: str = "", environment=None
-    ):
+    def __init__(self, folder, *arguments, script: Path = ROOT / "train.py", n: int = 1, stdin: str = "", stdout=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
-        os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the server, which imports forked.py first
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["forked"])
         self.processes, self.outputs = [], []
         for rank in range(n):
             place = Path(folder(rank) if callable(folder) else folder)
             env = address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {}
-            env |= environment(rank) if environment else {}
-            files = tuple(place / f".{name}-{os.getpid()}-{time.monotonic_ns()}" for name in ("in", "out", "err"))
+            files = [place / f".{name}-{os.getpid()}-{time.monotonic_ns()}" for name in ("in", "out", "err")]
             files[0].write_text(stdin)
+            files[1] = stdout or files[1]
             given = [str(a(rank) if callable(a) else a) for a in arguments]
-            process = context.Process(target=run_script, args=(Path(script), given, place, env, files))
-            process.start()
-            self.processes.append(process)
-            self.outputs.append(files[1:])
+            self.processes.append(FORKS.Process(target=run_script, args=(Path(script), given, place, env, files)))
+            self.processes[-1].start()
+            self.outputs.append([path for path in files[1:] if path != stdout])
 
     def pid(self, rank: int) -> int:
         return self.processes[rank].pid
@@ -129,7 +127,7 @@ class Ranks:
             p.kill()
             p.join()
         first = next((p.exitcode for p in self.processes if p.exitcode), 0)
-        stdout, stderr = ("".join(pair[i].read_text(encoding="utf-8") for pair in self.outputs) for i in (0, 1))
+        stdout, stderr = ("".join(files[i].read_text(encoding="utf-8") for files in self.outputs) for i in (0, -1))
         assert status is None or first == status, stdout + stderr
         return SimpleNamespace(status=first, stdout=stdout, stderr=stderr, printed=stdout + stderr)
 

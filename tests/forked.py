@@ -1,5 +1,6 @@
 """Runs scripts in processes forked from a server that has already imported torch, which saves seconds per process."""
 
+import contextlib
 import os
 import runpy
 import sys
@@ -11,10 +12,13 @@ import torch._dynamo  # every optimizer imports it
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard
+
 import plan  # noqa: E402, F401 - and with it everything that the scripts import
 
 
-def run_script(script: Path, arguments: list[str], folder: Path, env: dict, files: tuple[Path, Path, Path]) -> None:
+def run_script(script: Path, arguments: list[str], folder: Path, env: dict, files: list[Path]) -> None:
     """Run a script as `python script arguments` would, with standard input, output and error in files."""
     os.chdir(folder)
     os.environ.update(env)

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from functools import cache
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ RUNS = [  # shape, tokens in a step, device, number, published utilisation, publ
 ]
 
 
+PRINTED: dict[tuple, str] = {}
+
+
+@cache
 def on_paper(shape: str, batch_tokens: int = 0) -> tuple[GPT, train.Config]:
     shape = SHAPES[shape]
     config = train.Config(**shape, micro_batch=1, batch_tokens=batch_tokens or shape["seq_len"])
@@ -69,9 +74,11 @@ def test_the_law_is_least_at_the_tokens_that_are_called_optimal():
 
 
 def plan_of(call, capsys, *arguments) -> str:
-    capsys.readouterr()
-    call(train, "--plan", *arguments)
-    return capsys.readouterr().out
+    if arguments not in PRINTED:  # large models take a second
+        capsys.readouterr()
+        call(train, "--plan", *arguments)
+        PRINTED[arguments] = capsys.readouterr().out
+    return PRINTED[arguments]
 
 
 def test_meta_s_run_is_planned_at_meta_s_pace(call, capsys):

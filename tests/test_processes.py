@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,50 @@ import train
 from model import load_checkpoint
 
 SMALL = [*TINY, "--log_every", "1", "--eval_every", "100", "--dropout", "0.1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slow_faults(data, tmp_path_factory):
+    """Two faults that take long because of waiting, caused while the other tests run."""
+    with ThreadPoolExecutor() as pool:
+        causes = {
+            cause: pool.submit(cause, data, tmp_path_factory.mktemp("fault")) for cause in (kill_rank, stall_rank)
+        }
+        yield causes
+
+
+def kill_rank(data: Path, folder: Path) -> tuple[Path, str]:
+    """Kill one of two ranks under torchrun in a run of 30 steps, beside a run without a fault. Returns the folder of
+    both, and what torchrun printed."""
+    flags = [*SMALL, "--data", data, "--steps", 30, "--save_every", 5]
+    straight = Ranks(folder, *flags, "--out", "straight", n=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    command += [ROOT / "train.py", *flags, "--out", "r", "--resume"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    process = subprocess.Popen(list(map(str, command)), cwd=folder, env=env, start_new_session=True, **pipes)
+    try:
+        wait_for_step(folder / "r", 12)
+        os.kill(workers(process)[1], signal.SIGKILL)
+        printed = process.communicate(timeout=60)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    straight.finish()
+    assert process.returncode == 0, printed
+    return folder, printed
+
+
+def stall_rank(data: Path, folder: Path) -> tuple[float, str]:
+    """Stop rank 1 of two for good. Returns the seconds until rank 0 gives up, and what it printed."""
+    ranks = Ranks(folder, *SMALL, "--data", data, "--out", "r", "--steps", 10**6, "--timeout", 2, n=2)
+    wait_for_step(folder / "r", 3)
+    os.kill(ranks.pid(1), signal.SIGSTOP)
+    began = time.monotonic()
+    ranks.processes[0].join(60)
+    seconds = time.monotonic() - began
+    ranks.processes[1].kill()
+    return seconds, ranks.finish(status=None).stderr
 
 
 def assert_close(one: Path, other: Path, step: int, tolerance: float) -> None:
@@ -85,39 +130,6 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):
     assert load_checkpoint(tmp_path / "r")[0]["step"] == step
 
 
-def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_happened(data, tmp_path):
-    flags = [*SMALL, "--data", data, "--steps", 30, "--save_every", 5]
-    straight = Ranks(tmp_path, *flags, "--out", "straight", n=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    command += [ROOT / "train.py", *flags, "--out", "r", "--resume"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=env, start_new_session=True, **pipes)
-    try:
-        wait_for_step(tmp_path / "r", 12)
-        os.kill(workers(process)[1], signal.SIGKILL)
-        printed = process.communicate(timeout=60)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0 and "resuming r/step-" in printed, printed
-    straight.finish()
-    assert_same(state_of(tmp_path / "straight", 30)["model"], state_of(tmp_path / "r", 30)["model"])
-    assert_same(state_of(tmp_path / "straight", 30)["optimizer"], state_of(tmp_path / "r", 30)["optimizer"])
-    assert rows(tmp_path / "r", "loss") == rows(tmp_path / "straight", "loss")
-
-
-def test_a_stalled_rank_is_named_within_the_timeout(data, tmp_path):
-    ranks = Ranks(tmp_path, *SMALL, "--data", data, "--out", "r", "--steps", 10**6, "--timeout", 2, n=2)
-    wait_for_step(tmp_path / "r", 3)
-    os.kill(ranks.pid(1), signal.SIGSTOP)
-    began = time.monotonic()
-    ranks.processes[0].join(20)
-    assert ranks.processes[0].exitcode == 1 and time.monotonic() - began < 20
-    ranks.processes[1].kill()
-    assert "rank 1 of 2 does not answer" in ranks.finish(status=None).stderr
-
-
 def test_ranks_with_different_settings_are_named(data, tmp_path):
     ranks = Ranks(tmp_path, *SMALL, "--data", data, "--seed", lambda rank: rank, n=2)
     printed = ranks.finish(status=2).printed
@@ -170,3 +182,16 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(data, t
     printed = Ranks(tmp_path, *SMALL, "--data", data, n=3).finish(status=2).printed
     assert "3 processes cannot share 2 micro-batches equally: use 1, 2, or another micro_batch" in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_stalled_rank_is_named_within_the_timeout(slow_faults):
+    seconds, printed = slow_faults[stall_rank].result()
+    assert "rank 1 of 2 does not answer" in printed and seconds < 30
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_happened(slow_faults):
+    folder, printed = slow_faults[kill_rank].result()
+    assert "resuming r/step-" in printed
+    assert_same(state_of(folder / "straight", 30)["model"], state_of(folder / "r", 30)["model"])
+    assert_same(state_of(folder / "straight", 30)["optimizer"], state_of(folder / "r", 30)["optimizer"])
+    assert rows(folder / "r", "loss") == rows(folder / "straight", "loss")
