@@ -56,8 +56,7 @@ CONTAINERS = (".jsonl", ".ndjson", ".jsonl.gz", ".json", ".parquet")  # one docu
 PIECE_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 27
 BPE_SAMPLE_BYTES = 1 << 26  # a BPE tokenizer is trained on about this much text, sampled evenly from the input
-
-OUR_FILES = r"(train|val)-\d{5}\.npy|meta\.json(\.partial)?"
+OUR_FILES = r"(train|val)-\d{5}\.npy|meta\.json(\.partial)?"  # names in an unfinished data set; others are a user's
 
 Piece = tuple[str, str | None]  # a split and some text for it; None in place of text marks the end of a document
 
@@ -408,7 +407,7 @@ def documents(path: Path, field: str, skipped: Counter[str]) -> Iterator[tuple[B
         return
     n_unusable, example = 0, ""
     try:
-        for record in records(path):
+        for record in records(path, field):
             try:
                 if isinstance(record, bytes):
                     record = json.loads(record)
@@ -427,7 +426,7 @@ def documents(path: Path, field: str, skipped: Counter[str]) -> Iterator[tuple[B
         skipped[f"{path}: records without usable text in the field {field!r}{example}"] += n_unusable
 
 
-def records(path: Path) -> Iterator[bytes | object]:
+def records(path: Path, field: str) -> Iterator[bytes | object]:
     """Yield the lines of a .jsonl file that are not blank, the items of the list in a .json file, which is read whole,
     or the rows of a .parquet file."""
     suffix = path.suffix.lower()
@@ -436,7 +435,9 @@ def records(path: Path) -> Iterator[bytes | object]:
             import pyarrow.parquet
         except ImportError:
             fail(f"{path} needs pyarrow: pip install pyarrow")
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        file = pyarrow.parquet.ParquetFile(path)
+        columns = [field] if field in file.schema_arrow.names else None  # all, to name those that there are
+        for batch in file.iter_batches(batch_size=256, columns=columns):
             yield from batch.to_pylist()
     elif suffix == ".json":
         value = json.loads(path.read_bytes())

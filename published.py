@@ -49,11 +49,8 @@ def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, Path]:
     """The model on the CPU, its tokenizer, and where they were found. Ends the program on failure."""
     state, source = load_source(path)
     try:
-        return (
-            model_with(GPTConfig(**model_settings(state["config"])), state["model"]),
-            tokenizer_from_dict(state["tokenizer"]),
-            source,
-        )
+        config = GPTConfig(**model_settings(state["config"]))
+        return model_with(config, state["model"]), tokenizer_from_dict(state["tokenizer"]), source
     except Exception as error:  # noqa: BLE001 - as above
         fail(f"{source} holds no model ({type(error).__name__}: {str(error).splitlines()[0]})")
 
