@@ -117,6 +117,20 @@ def test_traffic_that_takes_longer_than_compute_is_waited_for(call, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--gpus", 0], "--gpus 0"),
+        (["--gpus", 3, "--shard", 2], "--gpus 3 is not a multiple of --shard 2"),
+        (["--gpus", 8, "--tokens", "nan"], "--tokens nan"),
+        (["--gpus", 8, "--tokens", "inf"], "--tokens inf"),
+        (["--gpus", 8, "--mfu", 0], "--mfu 0.0"),
+    ],
+)
+def test_a_plan_for_nothing_is_refused(refused, arguments, told):
+    assert told in refused(train, "--plan", "--preset", "gpt2", *arguments)
+
+
 def test_a_sound_plan_has_no_warning(call, capsys):
     printed = plan_of(call, capsys, "--preset", "gpt2", "--gpus", 8, "--tokens", 10e9, "--mfu", 0.4)
     assert "warning" not in printed

@@ -117,6 +117,8 @@ def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
         (["--tokens", -1], "--tokens -1"),
         (["--temperature", -1], "--temperature -1.0"),
         (["--temperature", "nan"], "--temperature nan"),
+        (["--temperature", "1e-40"], "--temperature 1e-40"),
+        (["--seed", 10**23], f"--seed {10**23}"),
         (["--top_k", 0], "--top_k 0"),
         (["--top_p", 1.5], "--top_p 1.5"),
         (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
