@@ -74,6 +74,19 @@ def test_each_micro_batch_has_its_own_dropout_whatever_the_size_of_a_step(call, 
     assert seeds[12:] == seeds[:12]
 
 
+def test_each_step_is_made_at_its_learning_rate(call, data, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *arguments):
+        rates.extend({group["lr"] for group in self.param_groups})
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    call(train, *TINY, "--data", data, "--out", "r", "--steps", 6, "--warmup", 0.5, "--log_every", 1)
+    config = train.Config(steps=6, warmup=0.5)
+    assert rates == [train.lr_at(i, config) for i in range(6)] == [*rows(tmp_path / "r", "lr").values()]
+
+
 def test_the_gradient_is_clipped_to_its_maximum_norm_and_not_at_all_with_zero(call, data, tmp_path, monkeypatch):
     norms, step = [], torch.optim.AdamW.step
 
@@ -358,7 +371,7 @@ def test_the_newest_run_is_the_one_that_was_saved_last(tmp_path):
     assert newest_run(tmp_path) == tmp_path / "a"
 
 
-@pytest.mark.parametrize("call_number", range(14))
+@pytest.mark.parametrize("call_number", range(18))
 def test_a_kill_at_any_call_of_a_save_loses_nothing(run, call_number):
     """The process is killed when it is about to make its n-th call that changes the disk. Two checkpoints are kept."""
     state = state_of(run, 20)
@@ -373,11 +386,12 @@ def test_a_kill_at_any_call_of_a_save_loses_nothing(run, call_number):
                 return real(*arguments, **more)
 
             setattr(os, name, counted)
-        train.save_checkpoint(run, 25, {**state, "step": 25}, keep=2)
+        train.save_checkpoint(run, 25, {**state, "step": 25}, keep=2, best_loss=0.1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     whole = [step for step in (5, 10, 15, 20, 25) if (run / f"step-{step:08d}.json").exists() and state_of(run, step)]
     assert len(whole) >= 2 and whole[-1] == load_checkpoint(run)[0]["step"] >= 20
+    assert load_checkpoint(run / "best.json")[0]["step"] in (20, 25)
     assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
 
 
