@@ -18,7 +18,7 @@ between seeds. The defaults of GPTConfig are today's column, except that each qu
 
 Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, S maximum
 sequence length, E experts, V vocabulary. Switches are resolved when the model is built, so that each forward reads like
-its equation. Most of those that are off leave the function `unchanged` in their place.
+its equation; `unchanged` stands in for most functions that a setting has switched off.
 
     python model.py        list the presets with their parameters, FLOPs and cache sizes
 """
@@ -120,7 +120,7 @@ def model_settings(settings: dict) -> dict:
 
 
 def unchanged(x, *_):
-    """What a switch that is off leaves in place of the function it would switch on."""
+    """Return x: the stand-in for a function that a setting has switched off."""
     return x
 
 
@@ -273,7 +273,7 @@ class Experts(nn.Module):
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
         outputs = outputs * gates.flatten()[by_expert, None]
 
-        self.load = counts / counts.sum()  # each expert's share of the tokens, for the log
+        self.load = counts / counts.sum()  # each expert's share of the tokens
         balance = len(self.experts) * (self.load * probabilities.mean(0)).sum()
         z = logits.logsumexp(-1).square().mean()
         self.router_loss = self.config.balance_loss * balance + self.config.router_z_loss * z
@@ -323,11 +323,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Each block starts as the identity and all tokens as equally likely: the first loss is ln V (tied: about)."""
+        """Each block starts as the identity, and all tokens start equally likely: the first loss is ln V (tied: about
+        ln V)."""
         # Blocks add the output of these to x. At zero they add nothing.
-        last = ("post_norm.weight",) if self.config.post_norm else (".out.weight", ".down.weight")
+        zeroed = ("post_norm.weight",) if self.config.post_norm else (".out.weight", ".down.weight")
         for name, weight in self.named_parameters():  # lists a tied head as the embedding
-            if name.endswith(("bias", "head.weight", *last)):
+            if name.endswith(("bias", "head.weight", *zeroed)):
                 weight.zero_()
             elif weight.ndim == 1:  # the other norms start as plain normalisation
                 weight.fill_(1.0)
@@ -477,6 +478,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     the path of its JSON file. Names each damaged checkpoint that it skips. Ends the program if none is left."""
     path = Path(path)
     records = [path.with_suffix(".json")] if path.is_file() else sorted(path.glob("step-*.json"), reverse=True)
+    records = [record for record in records if record.exists()]
     if not records:
         fail(f"there is no checkpoint in {path}: make one with python train.py")
     for record in records:

@@ -27,8 +27,10 @@ from train import ACCELERATORS, Config, muon_matrices
 
 # Assumptions about clusters: nodes of eight GPUs with a 400 Gbit/s port each, and as many failures as Meta reported for
 # the training of Llama 3.
-NODE_GPUS, NODE_LINK, HOP_SECONDS = 8, 400e9, 10e-6
-FAILURES_PER_GPU_DAY, RESTART_SECONDS, COPY_BYTES_PER_SECOND = 4.74e-4, 600.0, 20e9
+NODE_GPUS, NODE_LINK = 8, 400e9  # bytes per second out of a node, all ports together
+HOP_SECONDS = 10e-6  # latency of a message
+FAILURES_PER_GPU_DAY, RESTART_SECONDS = 4.74e-4, 600.0
+COPY_BYTES_PER_SECOND = 20e9  # from GPUs to main memory, for a checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas

@@ -29,6 +29,7 @@ import hashlib
 import heapq
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -75,11 +76,15 @@ def prepare(
     is the field of .jsonl, .json and .parquet records that holds their text.
     """
     out, say = Path(out), Console(sys.stderr).line
+    if not out.name:
+        fail(f"--out {out} does not name a folder for the data set")
     partial = out.with_name(out.name + ".partial")
     if val_fraction is None:
         val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        fail(f"{out} already exists: remove it first, or choose another --out")
+    if (out / "meta.json").exists():
+        fail(f"{out} already holds a data set: remove it first, or choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"{out} already exists and is not empty: choose another --out")
     if foreign := [path for path in partial.glob("*") if not regex.fullmatch(OUR_FILES, path.name)]:
         fail(f"{partial} is needed for unfinished data, but it holds {foreign[0].name}: choose another --out")
     if not 0 < val_fraction < 1:
@@ -184,7 +189,7 @@ def byte_tokenizer() -> tiktoken.Encoding:
 
 def train_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) -> tiktoken.Encoding:
     """Train a BPE tokenizer on text of the train split. Its `vocab_size` tokens include <|endoftext|>."""
-    sample_every = -(-total_bytes // BPE_SAMPLE_BYTES)  # rounded up
+    sample_every = math.ceil(total_bytes / BPE_SAMPLE_BYTES)
     chunk_counts: Counter[str] = Counter()
     texts = (piece for piece in pieces if piece[1] is not None)
     for i, (split, text) in enumerate(with_progress(texts, "reading for the tokenizer", total_bytes)):
@@ -580,8 +585,12 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
                 if verify and tokens.max(initial=0) >= meta["vocab_size"]:
                     raise ValueError(f"token {tokens.argmax()} of {path.name} is {tokens.max()}, beyond the vocabulary")
                 shards[split].append(tokens)
+            if meta[split]["tokens"] != sum(map(len, shards[split])) or meta[split]["bytes"] < 1:
+                raise ValueError(f"the sizes of the {split} split in meta.json are wrong")
     except FileNotFoundError as error:
         fail(f"there is no {error.filename}: make the data set with python prepare.py FILES --out {folder}")
+    except PermissionError as error:
+        fail(f"cannot read {error.filename}: {error.strerror}")
     except Exception as error:  # noqa: BLE001 - damaged files can make NumPy and tiktoken fail in any way
         fail(f"the data set {folder} is damaged ({error}): remove it and prepare it again")
     return meta, shards
@@ -712,7 +721,7 @@ def main() -> None:
     args = parser.parse_args()
     first = args.inputs[0] if args.inputs else "stdlib"
     name = "pipe" if first == "-" else Path(first).resolve().name.partition(".")[0] or "text"
-    out = args.out or Path("data", name)
+    out = Path("data", name) if args.out is None else args.out
     prepare(args.inputs, out, args.tokenizer, args.val_fraction, args.val_tail, args.field)
 
 

@@ -395,8 +395,8 @@ def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding) -> None
 
 def export(folder: Path, run: Path) -> None:
     """Write the newest checkpoint of a run as a published model with its tokenizer."""
-    if folder.exists() and any(folder.iterdir()):
-        fail(f"{folder} is not empty: choose another folder to export to")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"{folder} is not an empty folder: choose another one to export to")
     state, record = load_checkpoint(run)
     try:
         tokenizer = tokenizer_from_dict(state["tokenizer"])

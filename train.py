@@ -152,16 +152,16 @@ def train(given: dict, resume: bool) -> None:
 
     weights = first_weights(config, meta, step, state)  # on rank 0 alone
     model = build_model(config, device, weights)  # the plain model: to evaluate, save and sample
-    parallel = model  # what averages gradients over the ranks: FSDP2, which is part of the model, or DDP around it
+    parallel = model  # averages gradients over the ranks: the DDP wrapper, or the model itself under FSDP2
     if world > 1 and config.shard == 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     forward = torch.compile(parallel) if config.compile else parallel
-    # Computes matrix products in the run's dtype, while weights and sums stay in float32.
+    # Matrix products in the run's dtype; weights and sums stay in float32.
     autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     optimizers = make_optimizers(model, config)
     if step > 0:
         restore_optimizers(model, optimizers, state)
-    del state, weights  # the whole model, in main memory
+    del state, weights  # frees the whole model in rank 0's main memory
     if rank == 0:
         prepare_folder(config, step, may_exist=step > 0 or "out" in given)
 
@@ -194,10 +194,12 @@ def train(given: dict, resume: bool) -> None:
         else:
             skipped += 1
             bad = [r for r, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
-            problem = f"step {step + 1}: the gradient norm is {grad_norm}; non-finite loss on ranks {bad or 'none'}"
+            where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
+            problem = f"step {step + 1}: the gradient norm is {grad_norm}, {where}"
             if skipped > config.skip_bad_steps:
                 saver.wait()
-                stop_all_ranks(f"{problem}; stopped before the update: --resume with a lower --lr or --skip_bad_steps")
+                resume = f"continue with --out {config.out} --resume and a lower --lr, or with --skip_bad_steps"
+                stop_all_ranks(f"{problem}; stopped before the update: {resume}")
             log.line(f"{problem}; skipped")
         model.zero_grad()
         step += 1
@@ -217,7 +219,8 @@ def train(given: dict, resume: bool) -> None:
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
     tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
-    log.end(step, sample(model, tokenizer, config.seed) if step == config.steps else None)
+    with autocast:
+        log.end(step, sample(model, tokenizer, config.seed) if step == config.steps else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,6 +239,8 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
     if dist.get_rank() > 0:
         return *from_rank_0(None), None  # rank 0 decides, and sends the result at the end of this function
 
+    if out == "":
+        fail("--out is empty")
     if not resume and out and any(Path(out).glob("*.json")):
         fail(f"{out} already holds a run: continue it with --out {out} --resume, or choose another --out")
     if resume and out and not newest:
@@ -250,6 +255,8 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
         step = state["step"]
         print(f"resuming {record.with_suffix('')}, step {step}")
         saved = {**state["config"], "stop_at": None, "out": str(run)}
+        if given.get("init", saved["init"]) != saved["init"]:
+            fail("--init starts a new run and --resume continues one: leave out one of them")
         for name, value in given.items():
             if name in saved and saved[name] != value:
                 print(f"changed by the command line: {name} from {saved[name]} to {value}")
@@ -259,7 +266,7 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
         given = {**model_settings(state["config"]), "dropout": GPTConfig.dropout, **given}
     config = build_config(given)
     if step > 0 and lr_at(step, config) > max(2 * lr_at(step, build_config(saved)), config.lr / 10):
-        print(f"the learning rate rises to {lr_at(step, config):.2g}: --steps, --lr and --warmup give the new schedule")
+        print(f"the new schedule raises the learning rate to {lr_at(step, config):.2g}: set it with --lr and --warmup")
     if config.out is None:
         config.out = next(out for n in range(1, 10**6) if not Path(out := f"runs/{config.preset}-{n}").exists())
     if step >= config.stop_at:
@@ -290,7 +297,7 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
             fail(f"{config.out} was trained with --optimizer {trained_with} and must continue with it")
         return model_with(config, state["model"]).state_dict()
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        fail(f"the checkpoint does not fit: {' '.join(str(error).split())}")
+        fail(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}")
 
 
 def prepare_folder(config: Config, step: int, may_exist: bool) -> None:
@@ -369,7 +376,8 @@ def load_data(config: Config) -> tuple[dict, Windows, Windows]:
     train_data, val_data = (Windows(shards[split], config.seq_len) for split in prepare.SPLITS)
     for split, windows in zip(prepare.SPLITS, (train_data, val_data)):
         if windows.n_windows < 1:
-            fail(f"the {split} split of {config.data} is shorter than a window: use a smaller --seq_len, or more text")
+            advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
+            fail(f"the {split} split of {config.data} is shorter than a window of {config.seq_len} tokens: {advice}")
     config.vocab_size = config.vocab_size or meta["vocab_size"]
     if config.vocab_size < meta["vocab_size"]:
         sizes = f"the model's vocabulary of {config.vocab_size} is smaller than the data's {meta['vocab_size']}"
@@ -390,11 +398,12 @@ def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]
     with torch.device("meta"):
         model = GPT(config)
     if config.shard > 1:
-        ranks = torch.arange(dist.get_world_size()).view(-1, config.shard)  # each row shares one copy of the model
+        ranks = torch.arange(dist.get_world_size()).view(-1, config.shard)
         timeout = timedelta(seconds=config.timeout)
+        # Columns of `ranks` hold the same shard, rows share one copy.
         columns, rows = (dist.new_subgroups_by_enumeration(r.tolist(), timeout)[0] for r in (ranks.T, ranks))
         mesh = DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
-        param_dtype = getattr(torch, config.dtype)  # under autocast alone, whole weights would stay until the backward
+        param_dtype = getattr(torch, config.dtype)  # autocast's copies would keep whole weights until the backward pass
         policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -562,8 +571,9 @@ def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: flo
 def read_best(run: Path) -> dict:
     """The contents of best.json; empty if it is missing or damaged."""
     try:
-        return dict(json.loads((run / "best.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        best = json.loads((run / "best.json").read_text(encoding="utf-8"))
+        return {"file": best["file"], "val_loss": float(best["val_loss"])}
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 
@@ -615,10 +625,10 @@ class Log(Console):
         super().__init__(sys.stdout)
         self.config, self.model, self.peak, self.started = config, model, peak, started
         self.path, self.board = Path(config.out, "metrics.jsonl"), None
-        self.first = self.last = (step, time.monotonic())  # of this process, of the line before
+        self.first = self.last = (step, time.monotonic())  # at the start, and at the previous line
         if dist.get_rank() == 0:
             rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+            rows = [row for row in rows if (found := re.match(r'{"step": (\d+), .*}$', row)) and int(found[1]) <= step]
             self.path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
@@ -685,7 +695,7 @@ class Log(Console):
         self.last = (step, time.monotonic())
 
     def end(self, step: int, text: str | None) -> None:
-        """Print how the run ended, `text` that the model wrote if it is complete, and what to do next."""
+        """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
         if text is None:
             launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
             resume = f"{launcher}train.py --out {self.config.out} --resume"
@@ -725,7 +735,7 @@ def choose_machine(config: Config) -> tuple[torch.device, dict[str, str]]:
         "ranks": describe_ranks(device),
         "device": f"{device} ({device_reason})",
         "dtype": f"{config.dtype} ({dtype_reason})",
-        "compile": f"{'on' if config.compile else 'off'} (it pays on CUDA, and in long runs elsewhere)",
+        "compile": "on" if config.compile else "off (--compile pays on CUDA, and in long runs elsewhere)",
     }
 
 
@@ -919,11 +929,13 @@ def launch(work: Callable, given: dict, *more) -> None:
         dist.barrier()  # no rank hangs up while another has something to say
     except SystemExit as end:
         status = end.code
+    except KeyboardInterrupt:
+        status = "train.py: interrupted before the first step"
     except Exception as error:
         if world == 1:
             raise
         trace, reason = traceback.format_exc(), str(error).split(". ")[0]
-    # After the except: inside it the error holds the model, and the model the connections that must be closed here.
+    # Outside of the except blocks, since the exception keeps the model alive, and with it the connections.
     dist.destroy_process_group()
     if trace:
         silent = ", ".join(map(str, silent_ranks(store, rank, world)))

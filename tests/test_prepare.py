@@ -238,6 +238,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
         (["a.txt"], b"", "a.txt: empty"),
         (["a.txt"], b"\xff\xfe", "a.txt: not UTF-8"),
         (["a.txt", "--val_fraction", "1.5"], b"text", "--val_fraction 1.5"),
+        (["a.txt", "--out", "."], b"text", "--out ."),
         (["a.txt", "b.txt"], b"text", "raise --val_fraction, or give --val_tail"),
         (["http://127.0.0.1:9/x.txt"], None, "could not fetch"),
     ],
@@ -254,7 +255,7 @@ def test_a_data_set_is_never_overwritten(refused, call, tmp_path):
     (tmp_path / "a.txt").write_text(words(200))
     call(prepare, "a.txt", "--tokenizer", "byte", "--val_fraction", 0.1)
     before = Path("data/a/train-00000.npy").read_bytes()
-    assert "data/a already exists" in refused(prepare, "a.txt", "--tokenizer", "byte")
+    assert "data/a already holds a data set" in refused(prepare, "a.txt", "--tokenizer", "byte")
     assert Path("data/a/train-00000.npy").read_bytes() == before
 
 

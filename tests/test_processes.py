@@ -91,6 +91,11 @@ def test_a_run_that_moves_between_one_process_ddp_and_fsdp_continues_as_if_it_ha
     assert_close(tmp_path / "stayed", tmp_path / "moved", 12, 1e-5)
 
 
+def test_a_sharded_run_in_bfloat16_ends_with_a_sample(data, tmp_path):
+    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 2, "--shard", 2, "--dtype", "bfloat16"]
+    assert "a sample:" in Ranks(tmp_path, *flags, n=2).finish().stdout
+
+
 def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path):
     """HSDP: two copies of the model, each sharded over two processes."""
     flags = [*SMALL, "--data", data, "--batch_tokens", 256, "--steps", 3, "--lr", 1e-3]
@@ -168,7 +173,7 @@ def test_a_step_with_nan_on_one_rank_is_made_on_none(data, tmp_path, allowed, ca
     flags = [*SMALL, "--data", data, "--batch_tokens", 256, "--out", "r", "--steps", 9, "--save_every", 1, "--keep", 9]
     ranks = Ranks(tmp_path, *flags, "--skip_bad_steps", allowed, script=tmp_path / "poisoned.py", n=2)
     printed = ranks.finish(status=0 if allowed else 2).printed
-    assert "step 5: the gradient norm is nan; non-finite loss on ranks [1]" in printed
+    assert "step 5: the gradient norm is nan, the loss is not finite on ranks [1]" in printed
     newest = load_checkpoint(tmp_path / "r")[0]
     assert all(tensor.isfinite().all() for kind in ("model", "optimizer") for tensor in newest[kind].values())
     if allowed:

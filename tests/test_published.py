@@ -308,7 +308,7 @@ def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, t
     "arguments, told",
     [
         (["--export", "new", "nowhere"], "no checkpoint"),
-        (["--export", "full", "nowhere"], "full is not empty"),
+        (["--export", "full", "nowhere"], "full is not an empty folder"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(refused, tmp_path, arguments, told):

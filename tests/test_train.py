@@ -236,9 +236,9 @@ def test_resuming_says_what_the_command_line_changes(run, call, capsys):
 
 def test_resuming_past_the_end_of_the_schedule_says_that_the_learning_rate_rises(run, call, capsys):
     call(train, "--out", run, "--resume", "--steps", 40)
-    assert "the learning rate rises to 0.008: --steps, --lr and --warmup give" in capsys.readouterr().out
+    assert "the new schedule raises the learning rate to 0.008" in capsys.readouterr().out
     call(train, "--out", run, "--resume", "--steps", 41)  # ended at 40, where it was almost zero
-    assert "the learning rate rises" not in capsys.readouterr().out
+    assert "raises the learning rate" not in capsys.readouterr().out
 
 
 def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ended(data, refused, call, tmp_path):
@@ -258,6 +258,10 @@ def test_another_weight_decay_takes_effect_on_resume(run, call, tmp_path):
     call(train, "--out", "other", "--resume", "--steps", 22, "--weight_decay", 50)
     a, b = (state_of(folder, 22)["model"]["blocks.0.mlp.up.weight"].norm() for folder in (run, tmp_path / "other"))
     assert b < 0.9 * a
+
+
+def test_resume_and_init_exclude_each_other(run, refused):
+    assert "leave out one of them" in refused(train, "--out", run, "--resume", "--init", run)
 
 
 def test_another_optimizer_is_refused_on_resume(run, refused):
@@ -459,8 +463,10 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(run, capsys, how):
     assert "damaged:" in (printed := capsys.readouterr().err) and "step-00000020" in printed
 
 
-def test_a_damaged_best_json_is_replaced_and_harms_nothing(run, call):
-    (run / "best.json").write_bytes(b"\xff{")
+@pytest.mark.parametrize("damaged", [b"\xff{", b'{"file": "step-00000020.pt", "val_loss": "low"}'])
+def test_a_damaged_best_json_is_replaced_and_harms_nothing(run, call, damaged):
+    (run / "best.json").write_bytes(damaged)
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "garbage}\n")
     call(train, "--out", run, "--resume", "--steps", 30)
     assert load_checkpoint(run / "best.json")[0]["step"] == 30
 
@@ -558,6 +564,7 @@ def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path
         (["--warmup", 0.7, "--decay", 0.7], "warmup 0.7"),
         (["--device", "abacus"], "--device abacus"),
         (["--out", "/proc/nowhere"], "/proc/nowhere"),
+        (["--out", ""], "--out is empty"),
     ],
 )
 def test_bad_input_is_one_sentence_before_the_first_step(refused, data, tmp_path, arguments, told):
