@@ -218,6 +218,7 @@ def local_plan(given: dict) -> None:
 
 def main() -> None:
     parser = train.make_parser()
+    parser.usage = "train.py --plan [--gpus N [--gpu KIND] [--mfu SHARE] [--tokens N]] [--SETTING VALUE ...]"
     group = parser.add_argument_group("planning")
     group.add_argument("--gpus", type=int, metavar="INT", help="plan for a cluster with this number of GPUs")
     group.add_argument("--gpu", choices=ACCELERATORS, default="H100", type=str.upper, help="kind of GPU (H100)")
@@ -226,6 +227,8 @@ def main() -> None:
     asked = parser.parse_args()  # holds only what is on the command line, and the defaults above
     given = asked.config if "config" in asked else {}
     given |= {f.name: getattr(asked, f.name) for f in fields(Config) if f.name in asked}
+    if "resume" in asked:
+        fail("a plan is made for a new run: leave out --resume, and give the settings of a run with --config")
     if not 0 < asked.mfu <= 1:
         fail(f"--mfu {asked.mfu} is not in (0, 1]")
     if "tokens" in asked:

@@ -878,7 +878,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest")
     parser.add_argument("--config", type=read_settings, metavar="FILE.json", help="read settings from a config.json")
-    parser.add_argument("--plan", action="store_true", help="estimate what the run will take; see plan.py --help")
+    parser.add_argument(
+        "--plan", action="store_true", help="estimate time and memory; python plan.py --help lists its flags"
+    )
     hints = typing.get_type_hints(Config)
     for title, cls in (("training", Config), ("model", GPTConfig)):
         group = parser.add_argument_group(title)

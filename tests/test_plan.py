@@ -121,6 +121,7 @@ def test_traffic_that_takes_longer_than_compute_is_waited_for(call, capsys):
     "arguments, told",
     [
         (["--gpus", 0], "--gpus 0"),
+        (["--resume"], "leave out --resume"),
         (["--gpus", 3, "--shard", 2], "--gpus 3 is not a multiple of --shard 2"),
         (["--gpus", 8, "--tokens", "nan"], "--tokens nan"),
         (["--gpus", 8, "--tokens", "inf"], "--tokens inf"),
