@@ -193,14 +193,11 @@ def train(given: dict, resume: bool) -> None:
                 optimizer.step()
         else:
             skipped += 1
-            bad = [r for r, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
-            where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
-            problem = f"step {step + 1}: the gradient norm is {grad_norm}, {where}"
+            problem = describe_bad_step(step, loss, grad_norm)
             if skipped > config.skip_bad_steps:
                 saver.wait()
-                resume = f"continue with --out {config.out} --resume and a lower --lr, or with --skip_bad_steps"
-                stop_all_ranks(f"{problem}; stopped before the update: {resume}")
-            log.line(f"{problem}; skipped")
+                stop_all_ranks(f"{problem}: continue with --out {config.out} --resume and a lower --lr")
+            log.line(f"{problem}: skipped")
         model.zero_grad()
         step += 1
         stopping = stop_requested()
@@ -709,9 +706,7 @@ class Log(Console):
 # The machine
 
 
-class Accelerator(NamedTuple):
-    """Published figures of a GPU."""
-
+class Accelerator(NamedTuple):  # published figures
     flops: float  # dense bfloat16 products per second
     memory: float  # bytes
     link: float  # bytes per second to the other GPUs of its node, in each direction
@@ -841,6 +836,12 @@ def describe_ranks(device: torch.device) -> str:
     return text
 
 
+def describe_bad_step(step: int, loss: Tensor, grad_norm: Tensor) -> str:
+    bad = [rank for rank, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
+    where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
+    return f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank makes the step"
+
+
 def watch_for_stop(parent: int) -> Callable[[], bool]:
     """Return a function that tells whether the run should stop early: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, or
     when torchrun, the process `parent`, dies. It gives the same answer on every rank."""
@@ -878,9 +879,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest")
     parser.add_argument("--config", type=read_settings, metavar="FILE.json", help="read settings from a config.json")
-    parser.add_argument(
-        "--plan", action="store_true", help="estimate time and memory; python plan.py --help lists its flags"
-    )
+    parser.add_argument("--plan", action="store_true", help="estimate time and memory; see plan.py --help")
     hints = typing.get_type_hints(Config)
     for title, cls in (("training", Config), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
