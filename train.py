@@ -319,7 +319,10 @@ def lock(run: Path) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    file = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, since closing it would release the lock
+    try:
+        file = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, since closing it would release the lock
+    except OSError as error:
+        fail(f"cannot write to {run}: {error.strerror}")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

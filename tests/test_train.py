@@ -252,6 +252,12 @@ def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ende
     assert not list(Path("r").glob("*.damaged"))
 
 
+def test_a_run_whose_folder_cannot_be_written_is_refused(run, refused):
+    (run / ".lock").unlink()
+    (run / ".lock").mkdir()
+    assert "cannot write to" in refused(train, "--out", run, "--resume", "--steps", 25)
+
+
 def test_another_weight_decay_takes_effect_on_resume(run, call, tmp_path):
     shutil.copytree(run, tmp_path / "other")
     call(train, "--out", run, "--resume", "--steps", 22)
