@@ -138,11 +138,11 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
 
 
 def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, D] of the angles by which RoPE (Su et al., 2021) rotates a head's channels at positions [T].
-    Channels i and i + D/2 form a point in the plane that rotates once every 2 pi base^(2i/D) tokens."""
+    """Cosine and sine [B, 1, T, D] of the angles by which RoPE (Su et al., 2021) rotates the channels of all heads at
+    positions [B, T]. Channels i and i + D/2 are a point in the plane, rotated once every 2 pi base^(2i/D) tokens."""
     D = config.head_dim
     frequencies = config.rope_base ** (-torch.arange(0, D, 2, device=positions.device) / D)
-    angles = torch.outer(positions, frequencies).repeat(1, 2)
+    angles = (positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
     return angles.cos(), angles.sin()
 
 
@@ -166,6 +166,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)  # uses physical memory only as it fills
         self.values = torch.empty_like(self.keys)
         self.length = 0  # positions filled; GPT.forward advances it after all layers have appended
+        self.tokens = torch.empty(batch_size, 0, dtype=torch.long, device=device)  # in these positions, see generate()
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, K, T, D] after the entries of `layer`, and return all its keys and values [B, K, .., D]."""
@@ -207,7 +208,7 @@ class Attention(nn.Module):
         cap = config.attention_cap
         self.attend = partial(capped_attention, cap=cap) if cap else F.scaled_dot_product_attention
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.query(x).view(B, T, -1, self.head_dim)  # [B, T, H, D]
         k = self.key(x).view(B, T, -1, self.head_dim)  # [B, T, K, D]
@@ -215,13 +216,10 @@ class Attention(nn.Module):
         q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = self.rotate(q, angles), self.rotate(k, angles)  # [B, H, T, D], [B, K, T, D]
 
-        mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            if T > 1:  # each token sees all cached ones and those up to itself; a single token needs no mask
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-        dropout = self.dropout if self.training else 0.0
-        y = self.attend(q, k, v, mask, dropout, is_causal=cache is None, enable_gqa=self.grouped)  # [B, H, T, D]
+        dropout, causal = self.dropout if self.training else 0.0, mask is None and T > 1
+        y = self.attend(q, k, v, mask, dropout, is_causal=causal, enable_gqa=self.grouped)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -293,8 +291,8 @@ class Block(nn.Module):
         self.mlp_post_norm = make_norm(config, config.n_embd) if config.post_norm else unchanged
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attention_post_norm(self.attention(self.attention_norm(x), angles, cache)))
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention_post_norm(self.attention(self.attention_norm(x), angles, mask, cache)))
         x = x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
         return x
 
@@ -336,19 +334,33 @@ class GPT(nn.Module):
                 weight.normal_(std=0.02)  # as in GPT-2; the norms make up for the scale
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, only_last: bool = False
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        only_last: bool = False,
     ) -> Tensor:
         """Return the logits [B, T, V] of the token after each of `tokens` [B, T], or after the last one only [B, 1, V].
-        With `targets` [B, T], return their mean cross-entropy in nats instead, in training plus the routers' losses.
-        With a cache, `tokens` continue its sequence and are added to it. Raises ValueError beyond S positions."""
+        With `targets` [B, T], return their mean cross-entropy in nats instead, in training plus the routers' losses; a
+        target of -100 does not count. `documents` [B, T] numbers the document of each token, in rising order: attention
+        and positions then stay inside a document. With a cache, `tokens` continue its sequence and are added to it.
+        Raises ValueError beyond S positions."""
+        B, T = tokens.shape
         start = cache.length if cache is not None else 0
-        if (end := start + tokens.size(1)) > self.config.seq_len:
+        if (end := start + T) > self.config.seq_len:
             raise ValueError(f"a sequence of {end} tokens is longer than seq_len {self.config.seq_len}")
-        t = torch.arange(start, end, device=tokens.device)
+        t = torch.arange(start, end, device=tokens.device)[None]  # positions [1, T]
+        mask = None  # each token sees all tokens up to itself
+        if documents is not None:
+            t = t - torch.searchsorted(documents, documents)  # [B, T], from the first token of each document
+            mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # [B, 1, T, T]
+        elif start > 0 and T > 1:
+            mask = torch.ones(T, end, dtype=torch.bool, device=tokens.device).tril(start)
         x = self.dropout(self.positions(self.embedding(tokens) * self.config.embedding_scale, t))
         angles = self.angles(t)
         for block in self.blocks:
-            x = block(x, angles, cache)
+            x = block(x, angles, mask, cache)
         if cache is not None:
             cache.length = end
         logits = self.head(self.norm(x[:, -1:] if only_last else x)) * self.config.logit_scale
@@ -400,21 +412,26 @@ def sample_next(
 
 
 @torch.no_grad()
-def generate(model: GPT, tokens: Tensor, n_vocab: int | None = None, **options) -> Iterator[Tensor]:
+def generate(
+    model: GPT, tokens: Tensor, n_vocab: int | None = None, cache: KVCache | None = None, **options
+) -> Iterator[Tensor]:
     """Yield the ids [B] that continue tokens [B, T], one step at a time, without end. `options` go to sample_next.
-    `n_vocab` is the size of the tokenizer's vocabulary, where the model pads it with ids that have no meaning.
+    `n_vocab` is the size of the tokenizer's vocabulary, where the model pads it with ids that have no meaning. A cache
+    from an earlier call saves computing again what both sequences begin with.
 
     When the sequence outgrows the model's S positions, only its newest S / 2 tokens are kept."""
     S = model.config.seq_len
-    cache = KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
-    unseen = tokens  # the whole prompt at first, later the newest token alone
+    cache = cache or KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
+    n = min(cache.length, tokens.size(1) - 1)  # at least the last token is computed, for its logits
+    cache.length = int((cache.tokens[:, :n] == tokens[:, :n]).all(0).cumprod(0).sum())
+    unseen = tokens[:, cache.length :]  # the prompt at first, later the newest token alone
     while True:
         if cache.length + unseen.size(1) > S:
             unseen = tokens = tokens[:, -max(1, S // 2) :]
             cache.length = 0
         logits = model(unseen, cache=cache, only_last=True)[:, -1, :n_vocab]
         unseen = sample_next(logits, **options)[:, None]
-        tokens = torch.cat((tokens, unseen), dim=1)
+        tokens = cache.tokens = torch.cat((tokens, unseen), dim=1)
         yield unseen[:, 0]
 
 

@@ -5,6 +5,8 @@
     python prepare.py pile.jsonl.gz --tokenizer gpt2     one document per record (field "text"), GPT-2's tokenizer
     zcat dump.gz | python prepare.py - --out data/dump   text from a pipe
     python prepare.py play.txt --tokenizer byte --val_tail --val_fraction 0.1
+    python prepare.py --chat --tokenizer runs/toy-1      the default conversations, with the tokenizer of a run
+    python prepare.py chats.jsonl --tokenizer runs/toy-1 conversations, recognised by their keys
 
 A data set is a folder:
 
@@ -14,13 +16,14 @@ A data set is a folder:
 
 The folder gets its name when it is complete; until then it is called data/mine.partial. In the shards, each document is
 followed by the token <|endoftext|>. A document is a text file, or one record of a .jsonl, .jsonl.gz, .json or .parquet
-file.
+file: a text, or a conversation with the control tokens of its template, see parts().
 
 Text is read in pieces of about a megabyte, so memory use stays small however large the input is:
 files -> documents -> pieces of text, each for one split -> token ids -> shards.
 """
 
 import argparse
+import ast
 import atexit
 import base64
 import codecs
@@ -31,27 +34,31 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import sys
 import sysconfig
 import tempfile
 import time
 import zlib
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import BinaryIO, NoReturn, TextIO
+from typing import BinaryIO, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 import regex  # tiktoken's dependency: unlike re, it knows \p{L}, any letter, and \p{N}, any digit
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation, see render()
 SPLITS = ("train", "val")
+IGNORED = -100  # torch's number for a target that the loss does not count
 DEFAULT_TOKENIZER = "bpe:4096"
 CONTAINERS = (".jsonl", ".ndjson", ".jsonl.gz", ".json", ".parquet")  # one document per record, else one per file
 PIECE_BYTES = 1 << 20
@@ -69,11 +76,13 @@ def prepare(
     val_fraction: float | None = None,
     val_tail: bool = False,
     field: str = "text",
+    chat: bool = False,
 ) -> None:
     """Make the data set `out` from files, folders and URLs, or from the default corpus if `inputs` is empty.
 
     The val split gets about `val_fraction` of the documents, or with `val_tail` that fraction of each document. `field`
-    is the field of .jsonl, .json and .parquet records that holds their text.
+    is the field of .jsonl, .json and .parquet records that holds their text. With `chat` the records are conversations,
+    by default questions about the default corpus. Files of conversations are recognised without it.
     """
     out, say = Path(out), Console(sys.stderr).line
     if not out.name:
@@ -95,13 +104,22 @@ def prepare(
     files = find_files(inputs, out.parent, skipped)
     if not files:
         fail(f"found no text to read: {'; '.join(skipped) or 'the folders hold no files'}")
+    chat = chat or holds_conversations(files[0], field)
+    if chat and val_tail:
+        fail("--val_tail is for text: of conversations, whole ones are held out")
+    if chat and not isinstance(encoding, int):
+        encoding = with_chat_tokens(encoding)
     if len(files) == 1 and not is_container(files[0]) and not val_tail:
         say(f"{files[0]} is a single document: its last {val_fraction:.0%} is held out, as with --val_tail")
         val_tail = True
     total_bytes = sum(path.stat().st_size for path in files)
 
     def pieces(skipped: Counter[str]) -> Iterator[Piece]:
-        return split_pieces(files, field, val_fraction, val_tail, skipped)
+        if not chat:
+            return split_pieces(files, field, val_fraction, val_tail, skipped)
+        template = CHATML if isinstance(encoding, int) else template_of(encoding)
+        talks = conversations(files, val_fraction, skipped) if inputs else stdlib_conversations(files, val_fraction)
+        return ((split, part) for split, _, messages in talks for part in (*parts(template, messages), None))
 
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
@@ -120,7 +138,7 @@ def prepare(
             if not sizes["tokens"]:
                 advice = "raise --val_fraction, or give --val_tail to hold out the end of each document"
                 fail(f"none of the documents fell into the {split} split: {advice}")
-        meta = {"tokenizer": tokenizer_to_dict(encoding), "vocab_size": encoding.n_vocab, **splits}
+        meta = {"tokenizer": tokenizer_to_dict(encoding, chat), "vocab_size": encoding.n_vocab, **splits}
         write_json(partial / "meta.json", meta | {"sources": inputs or ["the Python standard library"]})
         if out.exists():
             out.rmdir()
@@ -157,18 +175,20 @@ def named_tokenizer(name: str) -> tiktoken.Encoding | int:
     """Return the tokenizer that --tokenizer names, or for "bpe:N" the vocabulary size N of the one to train.
 
     "byte" and "bpe:N" need no download. Other names ("gpt2", "cl100k_base", ...) are tiktoken's, which downloads the
-    tokenizer once. The name of a folder stands for the tokenizer of the published model in it.
+    tokenizer once. A run or the folder of a published model stands for its tokenizer.
     """
     if name == "byte":
         return byte_tokenizer()
-    if (match := regex.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > len(BYTES) + 1:
+    if (match := regex.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > byte_tokenizer().n_vocab:
         return int(match[1])
     if Path(name).is_dir():
-        from published import load_published_tokenizer  # loads torch, so not at the top
+        from published import load_tokenizer  # loads torch, so not at the top
 
-        return load_published_tokenizer(Path(name))
+        return load_tokenizer(Path(name))
     if name not in tiktoken.list_encoding_names():
-        choices = f"byte, bpe:N with N above {len(BYTES) + 1}, the folder of a published model, or one of"
+        choices = (
+            f"byte, bpe:N with N above {byte_tokenizer().n_vocab}, a run, the folder of a published model, or one of"
+        )
         fail(f"unknown tokenizer {name!r}: use {choices} {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(name)
@@ -178,7 +198,8 @@ def named_tokenizer(name: str) -> tiktoken.Encoding | int:
 
 def make_tokenizer(name: str, pattern: str, ranks: dict[bytes, int], special: dict | None = None) -> tiktoken.Encoding:
     """Make a tokenizer from {bytes of a token: its id}. tiktoken calls ids ranks, since it merges the lowest first."""
-    special = {END_OF_TEXT: len(ranks)} if special is None else special
+    if special is None:
+        special = {token: len(ranks) + i for i, token in enumerate((END_OF_TEXT, *CHAT_TOKENS))}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -191,7 +212,7 @@ def train_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) 
     """Train a BPE tokenizer on text of the train split. Its `vocab_size` tokens include <|endoftext|>."""
     sample_every = math.ceil(total_bytes / BPE_SAMPLE_BYTES)
     chunk_counts: Counter[str] = Counter()
-    texts = (piece for piece in pieces if piece[1] is not None)
+    texts = (piece for piece in pieces if type(piece[1]) is str)
     for i, (split, text) in enumerate(with_progress(texts, "reading for the tokenizer", total_bytes)):
         if split == "train" and i % sample_every == 0:
             chunk_counts.update(regex.findall(GPT4_PATTERN, text))
@@ -199,8 +220,9 @@ def train_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) 
         count = chunk_counts.pop(chunk)
         for i in range(0, len(chunk), MAX_CHUNK):
             chunk_counts[chunk[i : i + MAX_CHUNK]] += count
-    ranks = train_bpe(chunk_counts, vocab_size - 1)
-    return make_tokenizer(f"bpe:{len(ranks) + 1}", GPT4_PATTERN, ranks)
+    n_special = 1 + len(CHAT_TOKENS)
+    ranks = train_bpe(chunk_counts, vocab_size - n_special)
+    return make_tokenizer(f"bpe:{len(ranks) + n_special}", GPT4_PATTERN, ranks)
 
 
 def train_bpe(chunk_counts: Counter[str], vocab_size: int) -> dict[bytes, int]:
@@ -263,12 +285,19 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
+class Control(str):
+    """Text in which control tokens such as <|im_start|> are meant as such."""
+
+
 def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Return the token ids [N] of text. If the text spells <|endoftext|>, that is encoded as ordinary characters.
+    """Return the token ids [N] of text. If the text spells a control token, that is encoded as ordinary characters,
+    unless the text is Control.
 
     Bytes without a token, such as some control characters in SmolLM2's vocabulary, make tiktoken panic. They are left
     out of their chunks, as in Hugging Face's library.
     """
+    if isinstance(text, Control):
+        return tokenizer.encode_to_numpy(text, allowed_special="all")
     missing = missing_bytes(tokenizer)
     if not missing or not set(missing) & set(text.encode()):
         return tokenizer.encode_to_numpy(text, disallowed_special=())
@@ -289,13 +318,15 @@ def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
         return b""
 
 
-def tokenizer_to_dict(tokenizer: tiktoken.Encoding) -> dict:
-    """Return the tokenizer as JSON values, for meta.json and for every checkpoint."""
+def tokenizer_to_dict(tokenizer: tiktoken.Encoding, chat: bool = False) -> dict:
+    """Return the tokenizer as JSON values, for meta.json and for every checkpoint. `chat` tells that the data set, or
+    what the model was trained on last, are conversations."""
     return {
         "name": tokenizer.name,
         "pattern": tokenizer._pat_str,
         "ranks": {base64.b64encode(token).decode(): rank for token, rank in tokenizer._mergeable_ranks.items()},
         "special_tokens": tokenizer._special_tokens,
+        "chat": chat,
     }
 
 
@@ -303,6 +334,86 @@ def tokenizer_from_dict(plain: dict) -> tiktoken.Encoding:
     """The inverse of tokenizer_to_dict."""
     ranks = {base64.b64decode(token): rank for token, rank in plain["ranks"].items()}
     return make_tokenizer(plain["name"], plain["pattern"], ranks, plain["special_tokens"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations as tokens
+
+Message = dict[str, str]  # {"role": "system", "user", "assistant" or "tool", "content": text}
+
+
+class Template(NamedTuple):
+    """What a chat model expects around the messages of a conversation."""
+
+    header: str  # before each message
+    end: str  # behind each message: the token with which the model ends its answer
+    gap: str = "\n"  # between messages
+    begin: str = ""  # before the first message
+    opening: str = ""  # how the last answer begins
+
+
+CHATML = Template("<|im_start|>{role}\n", "<|im_end|>")
+TEMPLATES = (
+    CHATML._replace(opening="<think>\n\n</think>\n\n"),  # Qwen3, which then answers without thinking
+    CHATML,  # all models trained here, and SmolLM2
+    Template(
+        "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", gap="", begin="<|begin_of_text|>"
+    ),  # Llama 3
+)
+
+
+@cache
+def template_of(tokenizer: tiktoken.Encoding) -> Template | None:
+    """The first template whose control tokens the tokenizer has."""
+    for template in TEMPLATES:
+        if set(regex.findall("<[^<>]+>", "".join(template))) <= tokenizer.special_tokens_set:
+            return template
+
+
+def with_chat_tokens(tokenizer: tiktoken.Encoding) -> tiktoken.Encoding:
+    """The tokenizer, with ChatML's control tokens if it has none for conversations."""
+    if template_of(tokenizer):
+        return tokenizer
+    special = {token: tokenizer.n_vocab + i for i, token in enumerate(CHAT_TOKENS)} | tokenizer._special_tokens
+    return make_tokenizer(tokenizer.name, tokenizer._pat_str, tokenizer._mergeable_ranks, special)
+
+
+def parts(template: Template, messages: list[Message], ask: bool = False) -> Iterator[str]:
+    """Yield the text of a conversation in parts that are encoded one by one: control tokens count in the template's
+    parts only, so that no message can inject one. `ask` adds the beginning of the next answer."""
+    yield Control(template.begin)
+    for i, message in enumerate(messages):
+        yield Control(template.header.format(role=message["role"]))
+        if message["role"] == "assistant" and i == len(messages) - 1:
+            yield Control(template.opening)
+        yield message["content"].strip()
+        yield Control(template.end + template.gap)
+    if ask:
+        yield Control(template.header.format(role="assistant") + template.opening)
+
+
+def render(tokenizer: tiktoken.Encoding, messages: list[Message], ask: bool = False) -> np.ndarray:
+    """The tokens [N] of a conversation."""
+    return np.concatenate([encode(tokenizer, part) for part in parts(template_of(tokenizer), messages, ask)])
+
+
+def answer_mask(tokenizer: tiktoken.Encoding, tokens: np.ndarray) -> np.ndarray:
+    """Which of the rendered tokens [N] are those of answers, with their ends: what a chat model learns to write."""
+    template = template_of(tokenizer)
+    header = encode(tokenizer, Control(template.header.format(role="assistant")))
+    end = tokenizer.encode_single_token(template.end)
+    mask, ends = np.zeros(len(tokens), bool), np.flatnonzero(tokens == end)
+    headers = (np.lib.stride_tricks.sliding_window_view(tokens, len(header)) == header).all(1)
+    begins = np.flatnonzero(headers) + len(header)
+    for begin, end in zip(begins, ends[np.searchsorted(ends, begins)]):
+        mask[begin : end + 1] = True
+    return mask
+
+
+def end_tokens(tokenizer: tiktoken.Encoding) -> set[int]:
+    """The tokens at which a model ends a document or an answer."""
+    template = template_of(tokenizer)
+    return {tokenizer.eot_token} | ({tokenizer.encode_single_token(template.end)} if template else set())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,30 +516,50 @@ def is_container(path: Path) -> bool:
 
 
 def documents(path: Path, field: str, skipped: Counter[str]) -> Iterator[tuple[BinaryIO, int]]:
-    """Yield each document of a file as a stream of UTF-8 and its size in bytes. Count unusable records as skipped."""
-    if not is_container(path):
+    """Yield each document of a file as a stream of UTF-8 and its size in bytes."""
+
+    def text_in(record: object) -> bytes:
+        try:
+            if data := record[field].encode():
+                return data
+        except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
+            pass
+        keys = f", one has {', '.join(map(str, record))}" if isinstance(record, dict) and field not in record else ""
+        raise Unusable(f"records without usable text in the field {field!r}", keys)
+
+    if is_container(path):
+        for data in usable_records(path, field, text_in, skipped):
+            yield io.BytesIO(data), len(data)
+    else:
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno()).st_size
-        return
-    n_unusable, example = 0, ""
+
+
+class Unusable(Exception):
+    """The reason why a record cannot be used, and an example for it, if there is one."""
+
+
+def usable_records(path: Path, field: str | None, use: Callable, skipped: Counter[str]) -> Iterator:
+    """Yield use(record) for each record of a file. Those for which it raises Unusable, and those that are no JSON, are
+    counted as skipped."""
+    reasons, examples = Counter(), {}
     try:
         for record in records(path, field):
             try:
-                if isinstance(record, bytes):
-                    record = json.loads(record)
-                data = record[field].encode()
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # no JSON, no text, or no UTF-8
-                data = b""
-            if data:
-                yield io.BytesIO(data), len(data)
+                record = json.loads(record) if isinstance(record, bytes) else record
+                used = use(record)
+            except (ValueError, RecursionError):
+                reasons["records that are not JSON"] += 1
+            except Unusable as error:
+                reason, *example = error.args
+                reasons[reason] += 1
+                examples[reason] = "".join(example) or examples.get(reason, "")
             else:
-                n_unusable += 1
-                if isinstance(record, dict) and field not in record:
-                    example = f", one has {', '.join(map(str, record))}"
+                yield used
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:  # a damaged file
         skipped[f"{path}: unreadable from some record on ({error})"] += 1
-    if n_unusable:
-        skipped[f"{path}: records without usable text in the field {field!r}{example}"] += n_unusable
+    for reason, count in reasons.items():
+        skipped[f"{path}: {reason}{examples.get(reason, '')}"] += count
 
 
 def records(path: Path, field: str) -> Iterator[bytes | object]:
@@ -467,14 +598,18 @@ def split_pieces(
             else:
                 # Decide by a hash of the text: the order of documents doesn't matter, and copies share a split.
                 beginning = stream.read(PIECE_BYTES).decode(errors="ignore").encode()  # ends with a whole character
-                hashed = int.from_bytes(hashlib.blake2b(beginning, digest_size=8).digest(), "big")
-                parts = [("val" if hashed < val_fraction * 2**64 else "train", size)]
+                parts = [(split_of(beginning, val_fraction), size)]
             stream.seek(0)
             for split, part_size in parts:
                 for text in read_pieces(stream, part_size):
                     yield split, text
                 if part_size:
                     yield split, None
+
+
+def split_of(key: bytes, val_fraction: float) -> str:
+    hashed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+    return "val" if hashed < val_fraction * 2**64 else "train"
 
 
 def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
@@ -494,6 +629,152 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
         rest = rest[end:]
     if rest:  # the file became shorter while it was read
         yield rest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations: read from records, or made from the source of Python's standard library
+
+ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
+
+
+def conversations(
+    files: list[Path], val_fraction: float, skipped: Counter[str]
+) -> Iterator[tuple[str, str, list[Message]]]:
+    """Yield the split, the file and the messages of each conversation. Equal first questions share a split."""
+    for path in files:
+        if not is_container(path):
+            skipped[f"{path}: not a file of conversations"] += 1
+            continue
+        for messages in usable_records(path, None, messages_in, skipped):
+            first_answer = [message["role"] for message in messages].index("assistant")
+            yield split_of(json.dumps(messages[:first_answer]).encode(), val_fraction), path.name, messages
+
+
+def holds_conversations(path: Path, field: str) -> bool:
+    """Whether the first record of a file is a conversation, without a text in the field `field`."""
+    record = next(usable_records(path, None, lambda record: record, Counter()), None) if is_container(path) else None
+    try:
+        return not (isinstance(record, dict) and field in record) and bool(messages_in(record))
+    except Unusable:
+        return False
+
+
+def messages_in(record: object) -> list[Message]:
+    """The messages of a record in any of the usual layouts, up to the last answer. Messages of one role in a row become
+    one. Raises Unusable, with the reason."""
+    match record:
+        case list(turns) | {"messages": list(turns)} | {"conversations": list(turns)}:
+            pass
+        case {"prompt": list(asked), "completion": list(answered)}:
+            turns = asked + answered
+        case {"instruction": str(asked), "output": answered}:
+            turns = [f"{asked}\n\n{record.get('input', '')}".strip(), answered]
+        case (
+            {"prompt": asked, "completion": answered}
+            | {"question": asked, "answer": answered}
+            | {"input": asked, "output": answered}
+        ):
+            turns = [asked, answered]
+        case _:
+            keys = f", one has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
+            raise Unusable("records that are not conversations", keys)
+    messages = []
+    for i, turn in enumerate(turns):
+        match turn:
+            case str(content):
+                role = ("user", "assistant")[i % 2]
+            case {"role": str(name), "content": content} | {"from": str(name), "value": content} if name in ROLES:
+                role = ROLES[name]
+            case _:
+                raise Unusable("conversations with a message of no known role")
+        if isinstance(content, list):  # of parts, which may also be images
+            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = None if None in texts else "".join(texts)
+        if not isinstance(content, str):
+            raise Unusable("conversations with a message that is not text")
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n{content}"
+        else:
+            messages.append({"role": role, "content": content})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise Unusable("conversations without an answer")
+    return messages
+
+
+Fact = tuple[str, str, str]  # a kind of question, what it asks about, and the answer
+WAYS_TO_ASK = {
+    "purpose": ("What does {} do?", "What is {} for?", "Explain what {} does."),
+    "arguments": ("Which arguments does {} take?", "How do I call {}?", "What can I pass to {}?"),
+    "default": ("What is the default of {}?", "Which value does {} have by default?", "What if I leave out {}?"),
+    "base": ("Which class does {} derive from?", "What is the base class of {}?", "What does {} inherit from?"),
+}
+UNANSWERED = "The post does not say that."
+MANNERS = {
+    ("Hello!", "Hi.", "Good morning."): "Hello! Show me a post about Python and ask me about it.",
+    ("Who are you?", "What are you?"): "I am a small language model. I repeat what I have read.",
+    ("What can you do?", "Help!"): "I answer questions about a post that you show me.",
+    ("Thanks.", "Thank you!", "Great, thanks."): "You are welcome.",
+}
+
+
+def stdlib_posts(files: list[Path]) -> dict[str, list[Fact]]:
+    """{a line about a function or class: what it says}, from the source of Python files, which is not executed."""
+    posts = {}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            docstring = " ".join((ast.get_docstring(node) or "").split())
+            if not (purpose := regex.match(r"[A-Z][^`]{15,90}?\.(?= |$)", docstring)):  # its first sentence
+                continue
+            facts = [("purpose", node.name, purpose[0])]
+            if isinstance(node, ast.FunctionDef):
+                arguments = regex.sub("^(self|cls)(, |$)", "", ast.unparse(node.args))
+                beginning = f"`{node.name}({arguments})`"
+                facts.append(("arguments", node.name, beginning))
+                for name, value in regex.findall(r"(\w+)=([^,()]+)(?=,|$)", arguments):
+                    facts.append(("default", name, f"`{name}={value}`"))
+            elif node.bases:
+                beginning = f"`{node.name}` derives from `{ast.unparse(node.bases[0])}`"
+                facts.append(("base", node.name, f"{beginning}."))
+            else:
+                continue
+            if len(beginning) < 100:
+                posts[f"{beginning}: {purpose[0]}"] = facts
+    return posts
+
+
+def stdlib_conversations(files: list[Path], val_fraction: float) -> Iterator[tuple[str, str, list[Message]]]:
+    """Yield the split, the kind and the messages of conversations about the standard library. The val split asks about
+    other names than the train split."""
+    posts = stdlib_posts(files)
+    for split in SPLITS:
+        mine = [post for post, facts in posts.items() if split_of(facts[0][1].encode(), val_fraction) == split]
+        rng = random.Random(split)
+
+        def ask(fact: Fact, subject: str | None = None, rng=rng) -> str:
+            return rng.choice(WAYS_TO_ASK[fact[0]]).format(subject or f"`{fact[1]}`")
+
+        for post in mine:
+            for fact in posts[post][:3]:
+                yield split, "reading", messages_in([f"{post}\n\n{ask(fact)}", fact[2]])
+            fact, later = rng.sample(posts[post], 2)
+            follow_up = ask(later, None if later[0] == "default" else "it")
+            turns = [f"{post}\n\n{ask(fact)}", fact[2], follow_up, later[2], "Thanks.", "You are welcome."]
+            yield split, "follow-ups", messages_in(turns[: rng.choice([4, 6])])
+            other = rng.choice(mine)
+            if not {about for _, about, _ in posts[post]} & {about for _, about, _ in posts[other]}:
+                both = "\n".join(rng.sample([post, other], 2))
+                yield split, "two posts", messages_in([f"{both}\n\n{ask(fact)}", fact[2]])
+                if rng.random() < 0.4:
+                    yield split, "unanswered", messages_in([f"{post}\n\n{ask(posts[other][-1])}", UNANSWERED])
+            if split == "train":
+                yield split, "knowing", messages_in([ask(posts[post][0]), posts[post][0][2]])
+            if rng.random() < 0.2:
+                questions, answer = rng.choice(list(MANNERS.items()))
+                yield split, "manners", messages_in([rng.choice(questions), answer])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -604,15 +885,22 @@ def shard_hashes(meta: dict, split: str) -> list[str]:
 class Windows:
     """A split's tokens, shard after shard, as windows of seq_len inputs and their targets, shifted by one token."""
 
+    n_cut = n_left_out = 0  # see Conversations
+
     def __init__(self, shards: list[np.ndarray], seq_len: int):
         self.shards, self.seq_len = shards, seq_len
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])
         self.n_tokens = int(self.starts[-1])
         self.n_windows = (self.n_tokens - 1) // seq_len
 
-    def get(self, indices: np.ndarray) -> np.ndarray:
-        """The tokens [len(indices), seq_len + 1] of these windows."""
-        return np.stack([self.window(i) for i in indices]).astype(np.int64)
+    def count(self, indices: np.ndarray) -> int:
+        """How many targets of these windows the loss counts: all."""
+        return len(indices) * self.seq_len
+
+    def get(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """The inputs and targets [len(indices), seq_len] of these windows, and no limits of documents."""
+        tokens = np.stack([self.window(i) for i in indices]).astype(np.int64)
+        return tokens[:, :-1], tokens[:, 1:], None
 
     def window(self, index: int) -> np.ndarray:
         """The tokens [seq_len + 1] of a window, which may span several shards."""
@@ -620,6 +908,57 @@ class Windows:
         first, last = np.searchsorted(self.starts, [begin, end - 1], side="right") - 1
         parts = zip(self.starts[first : last + 1], self.shards[first : last + 1])
         return np.concatenate([shard[max(begin - start, 0) : end - start] for start, shard in parts])
+
+
+class Conversations:
+    """A split of conversations, packed into rows of seq_len inputs and their targets. A conversation that is longer
+    than a row is cut behind an answer; without an answer that fits, it is left out."""
+
+    def __init__(self, shards: list[np.ndarray], seq_len: int, tokenizer: tiktoken.Encoding):
+        tokens = np.concatenate(shards)
+        mask = answer_mask(tokenizer, tokens)
+        answer_ends = np.append(-1, np.flatnonzero(mask[:-1] & ~mask[1:]))
+        stops = np.flatnonzero(tokens == tokenizer.eot_token)
+        starts = np.append(0, stops[:-1] + 1)
+        limits = np.minimum(stops, starts + seq_len + 1)
+        full, last = (answer_ends[np.searchsorted(answer_ends, limit) - 1] for limit in (stops, limits))
+        fits = last >= starts
+        self.n_cut, self.n_left_out = int(np.sum(fits & (last < full))), int(np.sum(~fits))
+        starts, lengths = starts[fits], (last - starts + 1)[fits]
+        rows = pack(lengths, seq_len + 1)
+        self.n_tokens, self.n_windows = int(lengths.sum()), len(rows)
+        self.tokens = np.full((len(rows), seq_len + 1), tokenizer.eot_token, tokens.dtype)
+        self.mask = np.zeros(self.tokens.shape, bool)
+        self.numbers = np.full(self.tokens.shape, seq_len)  # of the conversation in its row; padding has the highest
+        for row, members in enumerate(rows):
+            ends = np.cumsum(lengths[members])
+            for number, (i, end) in enumerate(zip(members, ends)):
+                here, there = np.s_[row, end - lengths[i] : end], np.s_[starts[i] : starts[i] + lengths[i]]
+                self.tokens[here], self.mask[here], self.numbers[here] = tokens[there], mask[there], number
+
+    def count(self, indices: np.ndarray) -> int:
+        """How many targets of these rows the loss counts."""
+        return int(self.mask[indices].sum())
+
+    def get(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The inputs and targets [len(indices), seq_len] of these rows, and the number of each input's conversation."""
+        tokens = self.tokens[indices].astype(np.int64)
+        targets = np.where(self.mask[indices], tokens, IGNORED)
+        return tokens[:, :-1], targets[:, 1:], self.numbers[indices, :-1]
+
+
+def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Pack items into rows by best fit: the longest first, each into the fullest row that has room for it. Returns the
+    items of each row: pack([3, 5, 1, 2], 6) -> [[1, 2], [0, 3]]"""
+    rows, spaces = [], []  # spaces: the room in each row and the row's number, sorted
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        if (at := bisect_left(spaces, (lengths[item],))) == len(spaces):
+            spaces.append((size, len(rows)))
+            rows.append([])
+        room, row = spaces.pop(at)
+        rows[row].append(item)
+        insort(spaces, (room - lengths[item], row))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -718,11 +1057,12 @@ def main() -> None:
     add("--val_fraction", type=float, help="fraction of the text to hold out (0.01; 0.05 of the default corpus)")
     add("--val_tail", action="store_true", help="hold out the end of each document (always, if it is a single file)")
     add("--field", default="text", help="field that holds the text of a record (%(default)s)")
+    add("--chat", action="store_true", help="conversations; without an INPUT, questions about the default corpus")
     args = parser.parse_args()
-    first = args.inputs[0] if args.inputs else "stdlib"
+    first = args.inputs[0] if args.inputs else "chat" if args.chat else "stdlib"
     name = "pipe" if first == "-" else Path(first).resolve().name.partition(".")[0] or "text"
     out = Path("data", name) if args.out is None else args.out
-    prepare(args.inputs, out, args.tokenizer, args.val_fraction, args.val_tail, args.field)
+    prepare(args.inputs, out, args.tokenizer, args.val_fraction, args.val_tail, args.field, args.chat)
 
 
 if __name__ == "__main__":

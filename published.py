@@ -12,6 +12,7 @@ in both directions. Reading and writing model.safetensors needs `pip install saf
 import argparse
 import json
 import re
+import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPT2, GPTConfig, empty_model, load_checkpoint, model_settings, model_with
-from prepare import END_OF_TEXT, fail, make_tokenizer, tokenizer_from_dict, tokenizer_to_dict, write_json
+from prepare import END_OF_TEXT, Template, end_tokens, fail, make_tokenizer, template_of
+from prepare import tokenizer_from_dict, tokenizer_to_dict, write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading any model: a run of ours or a published folder
@@ -31,23 +33,42 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
     """The state of a run, a checkpoint or a published folder, and where it was found. A published folder has step 0 and
     no optimizer state. Ends the program if nothing can be loaded."""
     folder = Path(path)
-    try:
-        published = "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        published = False
-    if not published:
+    if not is_published(folder):
         return load_checkpoint(path)
     try:
         config, weights = load_published(folder)
     except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
         fail(f"cannot load {folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    tokenizer = tokenizer_to_dict(load_published_tokenizer(folder))
+    tokenizer = tokenizer_to_dict(load_published_tokenizer(folder), has_chat_template(folder))
     return {"step": 0, "model": weights, "config": asdict(config), "tokenizer": tokenizer}, folder
 
 
-def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, Path]:
-    """The model on the CPU, its tokenizer, and where they were found. Ends the program on failure."""
+def is_published(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def has_chat_template(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    inside = config.exists() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+    return inside or (folder / "chat_template.jinja").exists()
+
+
+def load_tokenizer(path: Path) -> tiktoken.Encoding:
+    """The tokenizer of a run, a checkpoint or a published folder. Ends the program on failure."""
+    if (path / "tokenizer.json").exists():
+        return load_published_tokenizer(path)
+    return tokenizer_from_dict(load_checkpoint(path)[0]["tokenizer"])
+
+
+def load_model(path: str | Path, chat: bool = False) -> tuple[GPT, tiktoken.Encoding, Path]:
+    """The model on the CPU, its tokenizer, and where they were found. Ends the program on failure. With `chat`, warn if
+    the model was not trained on conversations."""
     state, source = load_source(path)
+    if chat and not state["tokenizer"].get("chat"):
+        print(f"{source} was not trained on conversations, so do not expect answers", file=sys.stderr)
     try:
         config = GPTConfig(**model_settings(state["config"]))
         return model_with(config, state["model"]), tokenizer_from_dict(state["tokenizer"]), source
@@ -267,9 +288,10 @@ def missing_in(family: Family, config: GPTConfig) -> list[str]:
     return [f.name for f in fields(GPTConfig) if getattr(nearest, f.name) != getattr(config, f.name)]
 
 
-def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], end: int | None = None) -> None:
+def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], ends: dict | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors for the family that can express `config`, with
-    `end` as the id at which generation stops. Raises ValueError if none can. The inverse of load_published."""
+    `ends` as the ids at which generation begins and stops. Raises ValueError if no family can. The inverse of
+    load_published."""
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -279,7 +301,7 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], 
     if missing := missing_in(family, config):
         listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
         raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {listed}")
-    ends = {"bos_token_id": end, "eos_token_id": end}
+    ends = ends or {"bos_token_id": None, "eos_token_id": None}
     theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32", **ends}
     for ours, names in family.settings.items():
         value = "gelu_new" if getattr(config, ours) == "gelu_tanh" else getattr(config, ours)
@@ -362,8 +384,9 @@ def byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding) -> None:
-    """Write tokenizer.json and tokenizer_config.json, with which Hugging Face's libraries produce the same ids."""
+def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, chat: bool = False) -> None:
+    """Write tokenizer.json and tokenizer_config.json, with which Hugging Face's libraries produce the same ids, and for
+    a chat model its template."""
     letters = byte_letters()
     vocab = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer._mergeable_ranks.items()}
     # tiktoken merges any two neighbours that spell a token, so every way to split a token is a merge.
@@ -385,8 +408,27 @@ def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding) -> None
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
     write_json(folder / "tokenizer.json", plain)
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    template = template_of(tokenizer) if chat else None
+    end = template.end if template else END_OF_TEXT
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": end}
     write_json(folder / "tokenizer_config.json", names)
+    if template:
+        (folder / "chat_template.jinja").write_text(jinja_of(template), encoding="utf-8")
+
+
+def jinja_of(template: Template) -> str:
+    """The template in the language of Hugging Face's chat_template.jinja."""
+    begin, end, gap, opening, answer = map(
+        json.dumps,
+        (template.begin, template.end, template.gap, template.opening, template.header.format(role="assistant")),
+    )
+    before, after = map(json.dumps, template.header.split("{role}"))
+    return (
+        f"{{{{- {begin} }}}}{{%- for message in messages -%}}{{{{- {before} + message['role'] + {after} }}}}"
+        f"{{%- if loop.last and message['role'] == 'assistant' -%}}{{{{- {opening} }}}}{{%- endif -%}}"
+        f"{{{{- message['content'] | trim + {end} + {gap} }}}}{{%- endfor -%}}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {answer} + {opening} }}}}{{%- endif -%}}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,8 +442,11 @@ def export(folder: Path, run: Path) -> None:
     state, record = load_checkpoint(run)
     try:
         tokenizer = tokenizer_from_dict(state["tokenizer"])
-        save_published(folder, GPTConfig(**model_settings(state["config"])), state["model"], tokenizer.eot_token)
-        save_published_tokenizer(folder, tokenizer)
+        chat = state["tokenizer"].get("chat", False)
+        stops = sorted(end_tokens(tokenizer), reverse=True) if chat else tokenizer.eot_token
+        ends = {"bos_token_id": tokenizer.eot_token, "eos_token_id": stops}
+        save_published(folder, GPTConfig(**model_settings(state["config"])), state["model"], ends)
+        save_published_tokenizer(folder, tokenizer, chat)
     except (ValueError, OSError) as error:
         fail(f"cannot export {record.with_suffix('')}: {error}")
     names = ", ".join(sorted(path.name for path in folder.iterdir()))

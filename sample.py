@@ -5,9 +5,17 @@
     python sample.py runs/toy-1/best.json --temperature 0    the most likely text of a checkpoint, always the same
     python sample.py downloads/Qwen3-0.6B --prompt 'Once '   a published model, in Hugging Face's layout
     python sample.py --interactive                           ask for one prompt after another, until an empty line
+    python sample.py --chat                                  talk to a model that was trained on conversations
+    echo 'Who are you?' | python sample.py --chat            one question per line, without a terminal
 
-Generation stops after --tokens, before the text --stop, or when the model ends the document. When the text outgrows the
-model's context, the newest half of the context is kept.
+Generation stops after --tokens, before the text --stop, or when the model ends the document or its answer. When the
+text outgrows the model's context, the newest half of it is kept; a chat drops its oldest questions and answers.
+
+In a chat, Ctrl-C ends an answer, Ctrl-D the program. A line that begins with a slash is a command:
+
+    /post FILE      put the text of a file before the next question
+    /system TEXT    tell the model how to behave
+    /clear          begin a new conversation
 """
 
 import argparse
@@ -15,12 +23,13 @@ import codecs
 import gc
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import tiktoken
 
-from prepare import encode, fail, token_bytes, tolerate_streams
+from prepare import Conversations, Message, encode, end_tokens, fail, render, token_bytes, tolerate_streams
 
 # torch and model.py are imported by the functions that need them, so that --help does not wait for them.
 
@@ -32,14 +41,17 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--prompt_file", metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--n", type=int, default=1, help="number of continuations (%(default)s)")
     parser.add_argument("--tokens", type=int, default=200, help="maximum number of new tokens (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (%(default)s)")
+    parser.add_argument("--temperature", type=float, help="0 takes the most likely token (0.8; 0 in a chat)")
     parser.add_argument("--top_k", type=int, help="sample from the k most likely tokens")
     parser.add_argument("--top_p", type=float, help="sample from the fewest tokens with this total probability")
     parser.add_argument("--stop", metavar="TEXT", help="stop before this text")
     parser.add_argument("--seed", type=int, help="seed of the random numbers, to repeat a sample")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
     parser.add_argument("--interactive", action="store_true", help="ask for prompts")
+    parser.add_argument("--chat", action="store_true", help="ask for questions, which the model answers")
     args = parser.parse_args()
+    if args.temperature is None:
+        args.temperature = 0.0 if args.chat else 0.8
     for name, legal, is_legal in (
         ("n", "positive", lambda n: n > 0),
         ("tokens", "positive", lambda n: n > 0),
@@ -58,14 +70,14 @@ class Decoder:
     be the beginning of the stop text is held back until that is decided."""
 
     def __init__(self, tokenizer: tiktoken.Encoding, stop: str | None):
-        self.tokenizer, self.stop = tokenizer, stop
+        self.tokenizer, self.stop, self.ends = tokenizer, stop, end_tokens(tokenizer)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held = ""
         self.ended = False
 
     def feed(self, token: int) -> str:
-        """The text that is final after `token`. Sets `ended` at end-of-text or at the stop text."""
-        if token == self.tokenizer.eot_token:
+        """The text that is final after `token`. Sets `ended` at a token that ends the text, or at the stop text."""
+        if token in self.ends:
             return self.finish()
         text = self.held + self.utf8.decode(token_bytes(self.tokenizer, token))
         if not self.stop:
@@ -84,29 +96,31 @@ class Decoder:
         return self.held + self.utf8.decode(b"", final=True)
 
 
-def continuations(model, tokenizer: tiktoken.Encoding, prompt: str, args, generator) -> Iterator[list[str]]:
-    """Yield the new text of each of args.n continuations, one step at a time, until all have ended."""
+def continuations(
+    model, tokenizer: tiktoken.Encoding, ids: list[int], n: int, n_tokens: int, stop: str | None = None, **options
+) -> Iterator[list[str]]:
+    """Yield the new text of each of n continuations of `ids`, one step at a time, until all have ended or n_tokens are
+    reached. `options` go to model.generate."""
     import torch
 
     from model import generate
 
-    try:
-        ids = [tokenizer.eot_token, *encode(tokenizer, prompt).tolist()]
-    except UnicodeEncodeError:
-        fail("the prompt is not UTF-8 text")
-    tokens = torch.tensor([ids] * args.n, device=model.embedding.weight.device)
-    decoders = [Decoder(tokenizer, args.stop) for _ in range(args.n)]
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
-    for new in islice(generate(model, tokens, n_vocab=tokenizer.n_vocab, **options), args.tokens):
+    tokens = torch.tensor([ids] * n, device=model.embedding.weight.device)
+    decoders = [Decoder(tokenizer, stop) for _ in range(n)]
+    for new in islice(generate(model, tokens, n_vocab=tokenizer.n_vocab, **options), n_tokens):
         yield ["" if d.ended else d.feed(token) for d, token in zip(decoders, new.tolist())]
         if all(d.ended for d in decoders):
             return
     yield ["" if d.ended else d.finish() for d in decoders]
 
 
-def write(model, tokenizer: tiktoken.Encoding, prompt: str, args, generator) -> None:
+def write(model, tokenizer: tiktoken.Encoding, prompt: str, args, **options) -> None:
     """Print one continuation as it is generated, or several one after the other when all are complete."""
-    steps = continuations(model, tokenizer, prompt, args, generator)
+    try:
+        ids = [tokenizer.eot_token, *encode(tokenizer, prompt).tolist()]
+    except UnicodeEncodeError:
+        fail("the prompt is not UTF-8 text")
+    steps = continuations(model, tokenizer, ids, args.n, args.tokens, args.stop, **options)
     if args.n == 1:
         print(prompt, end="", flush=True)
         for (new,) in steps:
@@ -121,12 +135,79 @@ def sample(model, tokenizer: tiktoken.Encoding, seed: int) -> str:
     """200 tokens that the model writes into an empty document, for the end of a training run."""
     import torch
 
-    from model import generate
-
     torch.manual_seed(seed)
-    prompt = torch.tensor([[tokenizer.eot_token]], device=model.embedding.weight.device)
-    tokens = islice(generate(model.eval(), prompt, n_vocab=tokenizer.n_vocab), 200)
-    return b"".join(token_bytes(tokenizer, ids.item()) for ids in tokens).decode(errors="replace")
+    steps = continuations(model.eval(), tokenizer, [tokenizer.eot_token], 1, 200, temperature=0.8)
+    return "".join(text for (text,) in steps)
+
+
+def dialogues(model, tokenizer: tiktoken.Encoding, data: Conversations) -> str:
+    """Three held-out conversations up to the first answer, control tokens included, and what the model answers, for the
+    end of a training run."""
+    texts = []
+    for row in sorted({0, data.n_windows // 2, data.n_windows - 1}):
+        ids = data.tokens[row, : data.mask[row].argmax()].tolist()
+        steps = continuations(model.eval(), tokenizer, ids, 1, model.config.seq_len - len(ids), temperature=0)
+        texts.append(tokenizer.decode(ids) + "".join(text for (text,) in steps))
+    return "\n\n".join(texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat
+
+
+def chat(model, tokenizer: tiktoken.Encoding, args, **options) -> None:
+    """Read questions and commands from stdin until it ends, and print each answer as it is generated. The cache keeps
+    the keys and values of the conversation, so that each turn computes those of its own tokens only."""
+    from model import KVCache
+
+    weight = model.embedding.weight
+    cache = KVCache(model.config, 1, weight.device, weight.dtype)
+    messages, post = [], ""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/clear":
+            messages.clear()
+        elif command == "/system":
+            messages[:] = [{"role": "system", "content": rest}]
+        elif command == "/post":
+            try:
+                post = f"{Path(rest).read_text(encoding='utf-8').strip()}\n\n"
+            except (OSError, UnicodeDecodeError) as error:
+                print(f"cannot read {rest}: {error}", file=sys.stderr)
+        elif command.startswith("/"):
+            print("the commands are /post FILE, /system TEXT and /clear", file=sys.stderr)
+        elif line:
+            messages.append({"role": "user", "content": post + line})
+            post = ""
+            if not (ids := fitting_prompt(tokenizer, messages, model.config.seq_len, args.tokens)):
+                continue
+            messages.append({"role": "assistant", "content": ""})
+            n_tokens = min(args.tokens, model.config.seq_len - len(ids))
+            with suppress(KeyboardInterrupt):
+                for (text,) in continuations(model, tokenizer, ids, 1, n_tokens, args.stop, cache=cache, **options):
+                    print(text, end="", flush=True)
+                    messages[-1]["content"] += text
+            print()
+
+
+def fitting_prompt(tokenizer: tiktoken.Encoding, messages: list[Message], seq_len: int, n_tokens: int) -> list[int]:
+    """The tokens of the conversation up to the next answer, for which a quarter of the context stays free. To that end
+    the oldest questions and answers are removed. If the last question alone is too long, it is removed: []."""
+    first = messages[0]["role"] == "system"  # stays
+    limit, before = seq_len - min(n_tokens, seq_len // 4), len(messages)
+    if len(render(tokenizer, [*messages[:first], messages[-1]], ask=True)) > limit:
+        print(f"this is too long for the model's context of {seq_len} tokens", file=sys.stderr)
+        messages.pop()
+        return []
+    while len(ids := render(tokenizer, messages, ask=True).tolist()) > limit:
+        del messages[first : first + 2]
+    if dropped := (before - len(messages)) // 2:
+        print(f"(the context is full: the {dropped} oldest questions are dropped)", file=sys.stderr)
+    return ids
 
 
 def main() -> None:
@@ -144,7 +225,7 @@ def main() -> None:
     from published import load_model
 
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    model, tokenizer, source = load_model(args.source or newest_run())
+    model, tokenizer, source = load_model(args.source or newest_run(), args.chat)
     device, _ = choose_device(args.device)
     if not has_bfloat16(device):  # many published weights are in bfloat16
         model.float()
@@ -154,13 +235,16 @@ def main() -> None:
         generator.seed()
     else:
         generator.manual_seed(args.seed)
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     print(source, file=sys.stderr)
 
-    if not args.interactive:
-        write(model, tokenizer, args.prompt, args, generator)
-        return
-    while prompt := input("> "):
-        write(model, tokenizer, prompt, args, generator)
+    if args.chat:
+        chat(model, tokenizer, args, **options)
+    elif args.interactive:
+        while prompt := input("> "):
+            write(model, tokenizer, prompt, args, **options)
+    else:
+        write(model, tokenizer, args.prompt, args, **options)
 
 
 if __name__ == "__main__":

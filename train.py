@@ -6,6 +6,7 @@
     python train.py --config runs/toy-1/config.json --seed 2    the settings of an earlier run, with another seed
     python train.py --out runs/toy-1 --resume                   continue a run that was stopped
     python train.py --init downloads/gpt2 --data data/mine      start from published weights, or from another run's
+    python train.py --init runs/toy-1 --data data/chat          fine-tune it on conversations (prepare.py --chat)
     python train.py --plan                                      estimate time and memory, train nothing (plan.py)
     torchrun --standalone --nproc_per_node=8 train.py           train in 8 processes, on CPUs or GPUs
     torchrun ... train.py --preset llama3-8b --shard 8          shard each copy of the model over 8 processes (FSDP2)
@@ -57,9 +58,9 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, has_bfloat16
 from model import load_checkpoint, model_settings, model_with, newest_run
-from prepare import Console, Windows, clock, fail, shard_hashes
+from prepare import Console, Conversations, Windows, clock, fail, shard_hashes
 from published import load_source
-from sample import sample
+from sample import dialogues, sample
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Config(GPTConfig):
     init: str | None = None  # initial weights: a run, a checkpoint, or a published model's folder
 
     steps: int = 560  # optimizer steps in the schedule
+    epochs: float | None = None  # passes over the data, instead of steps
     stop_at: int | None = None  # stop and save at this step, without changing the schedule (default: steps)
     batch_tokens: int = 4096  # tokens per optimizer step
     micro_batch: int = 8  # sequences per forward and backward pass
@@ -105,6 +107,7 @@ class Config(GPTConfig):
         **dict.fromkeys(("steps", "stop_at", "batch_tokens", "micro_batch", "shard", "keep"), (1, HUGE)),
         **dict.fromkeys(("eval_every", "eval_tokens", "save_every", "log_every"), (1, HUGE)),
         **dict.fromkeys(("lr", "weight_decay", "grad_clip", "skip_bad_steps"), (0, HUGE)),
+        "epochs": (1e-30, HUGE),
         **dict.fromkeys(("warmup", "decay", "momentum"), (0, 1)),
         "timeout": (1, 1e6),
         "seed": (0, 2**63 - 1),
@@ -136,6 +139,9 @@ RECIPES: dict[str, dict] = {
     "shakespeare": dict(SHAKESPEARE, batch_tokens=8192, steps=480, weight_decay=0.4),
     "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=16),
 }
+# How to train on from the weights of another model (--init): at the rate of its own run, if it is one of ours
+FINE_TUNING = {"epochs": 3.0, "batch_tokens": 8192, "weight_decay": 0.0}
+PUBLISHED_LR = 2e-5
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop
@@ -175,14 +181,15 @@ def train(given: dict, resume: bool) -> None:
     while step < config.stop_at and not stopping:
         # One optimizer step. Its batch and its dropout depend on the seed and the step number, and on nothing else.
         indices = batch_indices(train_data.n_windows, config.seed, step, rows * world)
+        n_targets = train_data.count(indices)  # on all ranks
         loss = torch.zeros((), device=device)
         for row in range(rank * rows, (rank + 1) * rows, config.micro_batch):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, row)).generate_state(1)[0]))
-            tokens = torch.from_numpy(train_data.get(indices[row : row + config.micro_batch])).to(device)
-            inputs, targets = tokens[:, :-1], tokens[:, 1:]  # the target of each token is the next one
+            chosen = indices[row : row + config.micro_batch]
+            inputs, targets, documents = tensors(train_data.get(chosen), device)
             sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
             with autocast:
-                micro_loss = forward(inputs, targets) * (config.micro_batch / rows)
+                micro_loss = forward(inputs, targets, documents) * (train_data.count(chosen) * world / n_targets)
             micro_loss.backward()
             loss += micro_loss.detach()
         grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
@@ -208,7 +215,7 @@ def train(given: dict, resume: bool) -> None:
             log.step(step, loss, grad_norm, skipped)
         if step == config.stop_at or (step % config.eval_every == 0 and not stopping):
             val_loss, val_error = evaluate(model, val_data, config, device, autocast)
-            log.evaluation(step, val_loss, val_error, meta["val"])
+            log.evaluation(step, val_loss, val_error, meta)
             is_best, best_loss = val_loss < best_loss, min(val_loss, best_loss)
         if step % config.save_every == 0 or is_last or is_best:
             saver.save(step, model, optimizers, best_loss if is_best else None)
@@ -216,8 +223,11 @@ def train(given: dict, resume: bool) -> None:
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
     tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
-    with autocast:
-        log.end(step, sample(model, tokenizer, config.seed) if step == config.steps else None)
+    text, is_chat = None, isinstance(val_data, Conversations)
+    if step == config.steps:
+        with autocast:
+            text = dialogues(model, tokenizer, val_data) if is_chat else sample(model, tokenizer, config.seed)
+    log.end(step, text, "--chat" if is_chat else "--interactive")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +238,8 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
     """Return the config and the number of steps already done, on all ranks, and on rank 0 the state to start from (None
     for new weights). Without a checkpoint in its folder, even --resume starts a new run."""
     check_same("version or setting", {"torch": torch.__version__, "resume": resume, **given})
+    if "steps" in given:
+        given = {"epochs": None, **given}
     out, step, state = given.get("out"), 0, None
     newest = max((record.name for record in Path(out).glob("step-*.json")), default="") if resume and out else ""
     seen = from_all_ranks(newest)  # nodes that do not share the folder would each see their own checkpoints
@@ -260,14 +272,14 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
         given = {**saved, **given}
     elif given.get("init"):  # take the shape of its model, but not how it was trained
         state, _ = load_source(given["init"])
-        given = {**model_settings(state["config"]), "dropout": GPTConfig.dropout, **given}
+        lr = state["config"].get("lr", PUBLISHED_LR)
+        shape = {**model_settings(state["config"]), "dropout": GPTConfig.dropout}
+        given = {**shape, "seq_len": min(shape["seq_len"], 1024), **FINE_TUNING, "lr": lr, **given}
     config = build_config(given)
     if step > 0 and lr_at(step, config) > max(2 * lr_at(step, build_config(saved)), config.lr / 10):
         print(f"the new schedule raises the learning rate to {lr_at(step, config):.2g}: set it with --lr and --warmup")
     if config.out is None:
         config.out = next(out for n in range(1, 10**6) if not Path(out := f"runs/{config.preset}-{n}").exists())
-    if step >= config.stop_at:
-        fail(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
     world, n_micro = dist.get_world_size(), config.batch_tokens // (config.micro_batch * config.seq_len)
     if n_micro % world:
         legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
@@ -282,6 +294,8 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
     a model only understands the tokens that it was trained on, and a resumed run needs its own data and optimizer."""
     if dist.get_rank() > 0:
         return {}
+    if step >= config.stop_at:
+        fail(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
     if state is None:
         torch.manual_seed(config.seed)
         return GPT(config).state_dict()
@@ -292,7 +306,12 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
             fail(f"{config.data} is not the data set that this run started with: prepare it again, or start a new run")
         if step > 0 and (trained_with := state["config"]["optimizer"]) != config.optimizer:
             fail(f"{config.out} was trained with --optimizer {trained_with} and must continue with it")
-        return model_with(config, state["model"]).state_dict()
+        weights = state["model"]
+        for name in sorted({"embedding.weight", "head.weight"} & weights.keys()):
+            if step == 0 and (n_new := config.vocab_size - len(weights[name])) > 0:
+                print(f"{n_new} new tokens: their rows of {name} begin as the mean of the others")
+                weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(n_new, -1)])
+        return model_with(config, weights).state_dict()
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}")
 
@@ -362,9 +381,9 @@ def batch_indices(n_windows: int, seed: int, step: int, rows: int) -> np.ndarray
     return indices
 
 
-def load_data(config: Config) -> tuple[dict, Windows, Windows]:
-    """The data set's meta.json and the windows of its two splits. Prepares the default data set if it does not exist,
-    and sets the vocabulary of the model if it is open."""
+def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | Conversations]:
+    """The data set's meta.json and the windows of its two splits. Prepares the default data set if it does not exist.
+    Sets what depends on the data: the number of steps, if epochs are given, and the vocabulary, if it is open."""
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
     for my_turn in (dist.get_rank() == 0, first_on_node):  # nodes without a shared disk prepare their own
         if my_turn and config.data == Config.data and not Path(Config.data, "meta.json").exists():
@@ -373,14 +392,27 @@ def load_data(config: Config) -> tuple[dict, Windows, Windows]:
         dist.barrier()
     meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
     check_same("data set", {f"SHA-256 of {split}": shard_hashes(meta, split) for split in prepare.SPLITS})
-    train_data, val_data = (Windows(shards[split], config.seq_len) for split in prepare.SPLITS)
-    for split, windows in zip(prepare.SPLITS, (train_data, val_data)):
-        if windows.n_windows < 1:
+    tokenizer, is_chat = prepare.tokenizer_from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
+    both = []
+    for split in prepare.SPLITS:
+        parts = shards[split], config.seq_len
+        both.append(Conversations(*parts, tokenizer) if is_chat else Windows(*parts))
+        if both[-1].n_windows < 1:
             advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
+            if is_chat:
+                advice = "no conversation has an answer that ends within it; use a larger --seq_len"
             fail(f"the {split} split of {config.data} is shorter than a window of {config.seq_len} tokens: {advice}")
+    train_data, val_data = both
+    if config.epochs:
+        config.steps = math.ceil(config.epochs * train_data.n_windows * config.seq_len / config.batch_tokens)
+        config.stop_at = config.steps if "stop_at" in config.derived else min(config.stop_at, config.steps)
+    # Text holds no control tokens besides end-of-text, so that a model need not have those of conversations.
+    n_used = meta["vocab_size"] if is_chat else 1 + max(tokenizer.eot_token, *tokenizer._mergeable_ranks.values())
+    if config.init and is_chat:
+        config.vocab_size = max(config.vocab_size, n_used)  # see first_weights
     config.vocab_size = config.vocab_size or meta["vocab_size"]
-    if config.vocab_size < meta["vocab_size"]:
-        sizes = f"the model's vocabulary of {config.vocab_size} is smaller than the data's {meta['vocab_size']}"
+    if config.vocab_size < n_used:
+        sizes = f"the model's vocabulary of {config.vocab_size} is smaller than the data's {n_used}"
         fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
     return meta, train_data, val_data
 
@@ -530,24 +562,31 @@ def lr_at(step: int, config: Config) -> float:
 def evaluate(model: GPT, data: Windows, config: Config, device: torch.device, autocast) -> tuple[float, float]:
     """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers, so that
     training continues as if there had been no evaluation."""
-    n = min(data.n_windows, max(1, config.eval_tokens // data.seq_len))
+    n = min(data.n_windows, max(1, config.eval_tokens // config.seq_len))
     chosen = np.linspace(0, data.n_windows, n, endpoint=False).astype(np.int64)
     share = math.ceil(n / dist.get_world_size())  # per rank; the last ranks repeat a window, which is not counted
     mine = dist.get_rank() * share + np.arange(share)
     indices, counted = chosen[np.minimum(mine, n - 1)], torch.from_numpy(mine < n)
     model.eval()
-    losses = []
+    losses, counts = [], []
     for i in range(0, share, config.micro_batch):
-        tokens = torch.from_numpy(data.get(indices[i : i + config.micro_batch])).to(device)
+        inputs, targets, documents = tensors(data.get(indices[i : i + config.micro_batch]), device)
         with autocast:
-            logits = model(tokens[:, :-1])
-        each = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        losses.append(each.view(len(tokens), -1).mean(1).cpu().double())
+            logits = model(inputs, documents=documents)
+        each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+        losses.append(each.double().sum(1).cpu())
+        counts.append((targets != prepare.IGNORED).sum(1).cpu())
     model.train()
-    losses = torch.cat(losses)[counted]
-    (total,) = sum_over_ranks(losses.sum())
-    (squares,) = sum_over_ranks((losses - total / n).square().sum())
-    return total / n, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan
+    losses, counts = torch.cat(losses)[counted], torch.cat(counts)[counted]
+    total, n_targets = sum_over_ranks(losses.sum(), counts.sum())
+    mean = total / n_targets
+    (squares,) = sum_over_ranks((losses - mean * counts).square().sum())
+    return mean, math.sqrt(squares * n / (n - 1)) / n_targets if n > 1 else math.nan
+
+
+def tensors(arrays: tuple, device: torch.device) -> list[Tensor | None]:
+    """What Windows.get returns, on the device."""
+    return [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
 
 
 def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: float | None = None) -> None:
@@ -651,10 +690,12 @@ class Log(Console):
 
     def header(self, train_data: Windows, val_data: Windows, machine: dict[str, str]) -> None:
         config, tokens, flops = self.config, self.config.steps * self.config.batch_tokens, self.model.flops_per_token()
-        epochs = f"{tokens / train_data.n_tokens:.2f} epochs, {tokens * flops:.3g} FLOP"
+        n_cut, n_left_out = train_data.n_cut, train_data.n_left_out
+        cut = f"; conversations cut: {n_cut:,}, left out: {n_left_out:,}" if n_cut or n_left_out else ""
+        epochs = f"{tokens / (train_data.n_windows * config.seq_len):.2f} epochs, {tokens * flops:.3g} FLOP"
         lines = {
             "run": config.out,
-            "data": f"{config.data}: {train_data.n_tokens:,} training tokens, {val_data.n_tokens:,} held out",
+            "data": f"{config.data}: {train_data.n_tokens:,} training tokens, {val_data.n_tokens:,} held out{cut}",
             "model": f"{self.model.n_params():,} parameters, {flops / 1e6:,.1f} MFLOP per token",
             "steps": f"{config.steps:,} of {config.batch_tokens:,} tokens: {epochs}",
             **machine,
@@ -686,15 +727,18 @@ class Log(Console):
         self.record(**row)
         self.last = (step, time.monotonic())
 
-    def evaluation(self, step: int, val_loss: float, val_error: float, val_meta: dict) -> None:
-        """Log an evaluation, in nats per token and in bits per byte of text."""
-        bits = val_loss / math.log(2) * val_meta["tokens"] / val_meta["bytes"]
-        self.result = f"val_loss {val_loss:.4f} +- {val_error:.4f}  {bits:.4f} bits per byte"
+    def evaluation(self, step: int, val_loss: float, val_error: float, meta: dict) -> None:
+        """Log an evaluation in nats per token, and in bits per byte of text where all tokens count."""
+        self.result = f"val_loss {val_loss:.4f} +- {val_error:.4f}"
+        row = {"step": step, "val_loss": val_loss, "val_loss_error": val_error}
+        if not meta["tokenizer"].get("chat"):
+            row["val_bits_per_byte"] = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+            self.result += f"  {row['val_bits_per_byte']:.4f} bits per byte"
         self.line(f"step {step:5,}/{self.config.steps:,}  {self.result}")
-        self.record(step=step, val_loss=val_loss, val_loss_error=val_error, val_bits_per_byte=bits)
+        self.record(**row)
         self.last = (step, time.monotonic())
 
-    def end(self, step: int, text: str | None) -> None:
+    def end(self, step: int, text: str | None, flag: str) -> None:
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
         if text is None:
             launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
@@ -702,7 +746,7 @@ class Log(Console):
             self.line(f"stopped at step {step} and saved; to continue: {resume}")
         else:
             self.line(f"\na sample:\n{text}\n\n{self.result} after {clock(time.monotonic() - self.started)}")
-            self.line(f"the run is in {self.config.out}; next: python sample.py {self.config.out} --interactive")
+            self.line(f"the run is in {self.config.out}; next: python sample.py {self.config.out} {flag}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

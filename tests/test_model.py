@@ -106,7 +106,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(kind):
 def test_each_block_begins_as_the_identity(kind):
     model = GPT(GPTConfig(**KINDS[kind])).eval()
     x = torch.randn(1, 24, 32)
-    assert torch.equal(model.blocks[0](x, rotary_angles(torch.arange(24), model.config), None), x)
+    assert torch.equal(model.blocks[0](x, rotary_angles(torch.arange(24)[None], model.config), None, None), x)
 
 
 @every_kind
@@ -285,7 +285,7 @@ def test_flops_are_six_per_weight_in_a_product_and_twelve_per_attended_channel()
 def test_rotary_scores_depend_on_distance_alone():
     config = GPTConfig(n_embd=32, n_head=2)
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 20, 16)
-    angles = rotary_angles(torch.arange(20), config)
+    angles = rotary_angles(torch.arange(20)[None], config)
     scores = rotate(q, angles)[0, 0] @ rotate(k, angles)[0, 0].T
     for distance in range(-19, 20):
         diagonal = scores.diagonal(distance)
@@ -336,7 +336,7 @@ def test_a_block_of_today_computes_its_equations():
     h = rms(expected, block.mlp_norm)
     gate = h @ block.mlp.gate.weight.T
     expected = expected + (gate * torch.sigmoid(gate) * (h @ block.mlp.up.weight.T)) @ block.mlp.down.weight.T
-    actual = block(x, rotary_angles(torch.arange(T), model.config), None)[0]
+    actual = block(x, rotary_angles(torch.arange(T)[None], model.config), None, None)[0]
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 from conftest import ROOT, shell
@@ -79,8 +78,7 @@ def test_continuations_in_a_batch_are_those_of_a_model_alone(run):
     model.eval()
     texts = {}
     for n in (1, 3):
-        args = Namespace(n=n, stop=None, temperature=0.0, top_k=None, top_p=None, tokens=30)
-        steps = sample.continuations(model, tokenizer, "one ", args, None)
+        steps = sample.continuations(model, tokenizer, [tokenizer.eot_token, *b"one "], n, 30, temperature=0.0)
         texts[n] = ["".join(parts) for parts in zip(*steps)]
     assert texts[3] == texts[1] * 3
 

@@ -1,0 +1,96 @@
+"""How often a model answers the held-out default conversations exactly, by kind of question: the README's table.
+
+    python tests/chat.py runs/toy-2            a model that was fine-tuned on `python prepare.py --chat`
+    python tests/chat.py runs/toy-2 --cache    tokens per second of a chat, with and without the kept cache
+
+An answer counts as exact if it equals the expected one to the last character, and as ended if the model ends it by
+itself. The questions of the kind "knowing" are about names of the train split, asked in another way than in training.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from model import KVCache
+from prepare import WAYS_TO_ASK, default_corpus, render, stdlib_conversations
+from published import load_model
+from sample import continuations
+
+
+def kind_of(question: str) -> str:
+    """The kind of fact that a question asks for."""
+    parts = {kind: [way.split("{}") for way in ways] for kind, ways in WAYS_TO_ASK.items()}
+    return next(
+        kind for kind, ways in parts.items() for a, b in ways if question.startswith(a) and question.endswith(b)
+    )
+
+
+def report(model, tokenizer, n: int) -> None:
+    held_out, rng = defaultdict(list), random.Random(0)
+    for split, kind, messages in stdlib_conversations(default_corpus(), 0.05):
+        if kind == "knowing":  # of one name, the train split has one way to ask
+            before, name, after = messages[0]["content"].split("`")
+            other = next(way for way in WAYS_TO_ASK["purpose"] if way != f"{before}{{}}{after}")
+            held_out[kind].append([{"role": "user", "content": other.format(f"`{name}`")}, messages[1]])
+        elif split == "val":
+            held_out[kind].append(messages)
+    rows = defaultdict(list)  # kind -> (is exact, has ended) of each answer
+    for kind, conversations in held_out.items():
+        for messages in rng.sample(conversations, min(n, len(conversations))):
+            for i in range(1, len(messages), 2):
+                ids = render(tokenizer, messages[:i], ask=True).tolist()
+                n_tokens = min(80, model.config.seq_len - len(ids))
+                if n_tokens < 1:
+                    continue
+                steps = list(continuations(model, tokenizer, ids, 1, n_tokens, temperature=0))
+                answer = "".join(text for (text,) in steps), len(steps) <= n_tokens
+                rows[kind].append((answer[0] == messages[i]["content"], answer[1]))
+                if kind == "reading":
+                    asked = messages[0]["content"].partition("\n\n")[2]
+                    rows[f"reading, {kind_of(asked)}"].append(rows[kind][-1])
+    print("| kind | answers | exact | ended |\n|---|---|---|---|")
+    for kind, results in sorted(rows.items()):
+        exact, ended = (sum(column) / len(results) for column in zip(*results))
+        print(f"| {kind} | {len(results)} | {exact:.0%} | {ended:.0%} |")
+
+
+def time_cache(model, tokenizer) -> None:
+    """A chat of as many turns as fit, with answers of 16 tokens: new tokens per second of each turn."""
+    for name, keep in (("kept", True), ("cold", False)):
+        cache, messages, speeds = KVCache(model.config, 1, dtype=model.embedding.weight.dtype), [], []
+        for turn in range(40):
+            messages.append(
+                {"role": "user", "content": f"Tell me about the number {turn}, please, in a short sentence."}
+            )
+            ids = render(tokenizer, messages, ask=True).tolist()
+            if len(ids) + 16 > min(model.config.seq_len, 2048):
+                break
+            start = time.perf_counter()
+            more = {"cache": cache} if keep else {}
+            text = "".join(t for (t,) in continuations(model, tokenizer, ids, 1, 16, temperature=0, **more))
+            speeds.append(16 / (time.perf_counter() - start))
+            messages.append({"role": "assistant", "content": text})
+        print(f"{name} cache: {speeds[0]:.1f} tokens/s in the first turn, {speeds[-1]:.1f} in turn {len(speeds)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--n", type=int, default=200, help="conversations of each kind (%(default)s)")
+    parser.add_argument("--cache", action="store_true", help="time the cache")
+    args = parser.parse_args()
+    model, tokenizer, _ = load_model(args.source)
+    model.float().eval()
+    (time_cache if args.cache else lambda *pair: report(*pair, args.n))(model, tokenizer)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
