@@ -29,7 +29,7 @@ from pathlib import Path
 
 import tiktoken
 
-from prepare import Conversations, Message, encode, end_tokens, fail, render, token_bytes, tolerate_streams
+from prepare import Conversations, Message, encode, end_tokens, fail, render, template_of, token_bytes, tolerate_streams
 
 # torch and model.py are imported by the functions that need them, so that --help does not wait for them.
 
@@ -62,6 +62,10 @@ def parse_command_line() -> argparse.Namespace:
     ):
         if not is_legal(getattr(args, name)):
             fail(f"--{name} {getattr(args, name)} is not {legal}")
+    if args.chat and (args.prompt or args.prompt_file or args.n > 1 or args.interactive):
+        fail(
+            "--chat reads questions from the terminal or a pipe: leave out --prompt, --prompt_file, --n, --interactive"
+        )
     return args
 
 
@@ -206,7 +210,7 @@ def fitting_prompt(tokenizer: tiktoken.Encoding, messages: list[Message], seq_le
     while len(ids := render(tokenizer, messages, ask=True).tolist()) > limit:
         del messages[first : first + 2]
     if dropped := (before - len(messages)) // 2:
-        print(f"(the context is full: the {dropped} oldest questions are dropped)", file=sys.stderr)
+        print(f"(the context is full; questions dropped, oldest first: {dropped})", file=sys.stderr)
     return ids
 
 
@@ -238,6 +242,8 @@ def main() -> None:
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     print(source, file=sys.stderr)
 
+    if args.chat and not template_of(tokenizer):
+        fail(f"{source} has no tokens for conversations: fine-tune it on some first, see python prepare.py --help")
     if args.chat:
         chat(model, tokenizer, args, **options)
     elif args.interactive:

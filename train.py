@@ -117,7 +117,7 @@ class Config(GPTConfig):
         super().__post_init__()
         self.derived += [name for name in ("stop_at", "compile") if getattr(self, name) is None]
         self.stop_at = self.stop_at or self.steps
-        if self.stop_at > self.steps:
+        if self.stop_at > self.steps and self.epochs is None:
             raise ValueError(f"stop_at {self.stop_at} is larger than steps {self.steps}")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} together exceed 1")
