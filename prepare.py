@@ -883,12 +883,13 @@ def shard_hashes(meta: dict, split: str) -> list[str]:
 
 
 class Windows:
-    """A split's tokens, shard after shard, as windows of seq_len inputs and their targets, shifted by one token."""
+    """A split's tokens, shard after shard, as windows of seq_len inputs and their targets, shifted by one token. With
+    `separator`, the token between documents, it also tells which document each input belongs to."""
 
     n_cut = n_left_out = 0  # see Conversations
 
-    def __init__(self, shards: list[np.ndarray], seq_len: int):
-        self.shards, self.seq_len = shards, seq_len
+    def __init__(self, shards: list[np.ndarray], seq_len: int, separator: int | None = None):
+        self.shards, self.seq_len, self.separator = shards, seq_len, separator
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])
         self.n_tokens = int(self.starts[-1])
         self.n_windows = (self.n_tokens - 1) // seq_len
@@ -898,9 +899,11 @@ class Windows:
         return len(indices) * self.seq_len
 
     def get(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """The inputs and targets [len(indices), seq_len] of these windows, and no limits of documents."""
+        """The inputs and targets [len(indices), seq_len] of these windows, and the number of each input's document. A
+        document begins with the separator, as the prompts of sample.py do."""
         tokens = np.stack([self.window(i) for i in indices]).astype(np.int64)
-        return tokens[:, :-1], tokens[:, 1:], None
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        return inputs, targets, None if self.separator is None else (inputs == self.separator).cumsum(1)
 
     def window(self, index: int) -> np.ndarray:
         """The tokens [seq_len + 1] of a window, which may span several shards."""

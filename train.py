@@ -79,6 +79,7 @@ class Config(GPTConfig):
     stop_at: int | None = None  # stop and save at this step, without changing the schedule (default: steps)
     batch_tokens: int = 4096  # tokens per optimizer step
     micro_batch: int = 8  # sequences per forward and backward pass
+    document_mask: bool = False  # keep attention and positions inside each document (of conversations: always)
 
     optimizer: Literal["muon", "adamw"] = "muon"  # Muon for the blocks' matrices and AdamW for the rest, or only AdamW
     lr: float = 8e-3  # peak learning rate
@@ -395,8 +396,11 @@ def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | 
     tokenizer, is_chat = prepare.tokenizer_from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
     both = []
     for split in prepare.SPLITS:
-        parts = shards[split], config.seq_len
-        both.append(Conversations(*parts, tokenizer) if is_chat else Windows(*parts))
+        if is_chat:
+            both.append(Conversations(shards[split], config.seq_len, tokenizer))
+        else:
+            separator = tokenizer.eot_token if config.document_mask else None
+            both.append(Windows(shards[split], config.seq_len, separator))
         if both[-1].n_windows < 1:
             advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
             if is_chat:

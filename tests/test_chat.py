@@ -265,6 +265,37 @@ def test_the_loss_of_a_packed_row_is_that_of_its_conversations_alone(position, c
     assert data.count(np.arange(data.n_windows)) == sum(one.count(np.array([0])) for one in alone)
 
 
+def test_a_document_mask_gives_each_document_the_logits_that_it_has_alone():
+    rng, model = np.random.default_rng(3), wild_model(seq_len=40)
+    tokens = rng.integers(0, 256, 121).astype(np.uint16)
+    tokens[[5, 30, 31, 77, 90]] = BYTE.eot_token
+    inputs, _, documents = map(torch.from_numpy, prepare.Windows([tokens], 40, BYTE.eot_token).get(np.arange(3)))
+    logits = model(inputs, documents=documents)
+    starts = [0, 5, 30, 31, 40, 77, 80, 90, 120]  # of documents, which begin with the separator, and of windows
+    for start, end in zip(starts, starts[1:]):
+        row, part = start // 40, slice(start % 40, (end - 1) % 40 + 1)
+        torch.testing.assert_close(logits[row, part], model(inputs[row : row + 1, part])[0], atol=2e-4, rtol=1e-4)
+
+
+def test_pretraining_can_keep_documents_apart(call, tmp_path):
+    """val_loss is then that of each document alone, as far as it lies in a window."""
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": words(4, i)}) for i in range(60)))
+    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.3)
+    call(train, *TINY, "--data", "data/t", "--steps", 20, "--lr", 1e-2, "--out", "r", "--document_mask")
+    model, tokenizer, _ = load_model("r")
+    tokens = np.concatenate(prepare.load_dataset("data/t")[1]["val"]).astype(np.int64)
+    losses = []
+    for start in range(0, len(tokens) - 16, 16):
+        cuts = np.flatnonzero(tokens[start : start + 16] == tokenizer.eot_token)
+        for part in np.split(np.arange(start, start + 16), cuts):
+            if len(part):
+                logits = model.eval()(torch.from_numpy(tokens[part])[None])[0]
+                losses += torch.nn.functional.cross_entropy(
+                    logits, torch.from_numpy(tokens[part + 1]), reduction="none"
+                ).tolist()
+    assert rows(tmp_path / "r", "val_loss")[20] == pytest.approx(np.mean(losses), abs=1e-4)
+
+
 # ---- training
 
 
