@@ -425,9 +425,10 @@ def generate(
     n = min(cache.length, tokens.size(1) - 1)  # at least the last token is computed, for its logits
     cache.length = int((cache.tokens[:, :n] == tokens[:, :n]).all(0).cumprod(0).sum())
     unseen = tokens[:, cache.length :]  # the prompt at first, later the newest token alone
+    cache.tokens = tokens
     while True:
         if cache.length + unseen.size(1) > S:
-            unseen = tokens = tokens[:, -max(1, S // 2) :]
+            unseen = tokens = cache.tokens = tokens[:, -max(1, S // 2) :]
             cache.length = 0
         logits = model(unseen, cache=cache, only_last=True)[:, -1, :n_vocab]
         unseen = sample_next(logits, **options)[:, None]

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -71,12 +71,16 @@ def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
     block = sum(p.numel() for p in model.blocks[0].parameters())
     # In addition to the float32 weights: with shards, two blocks gathered in the run's dtype; else autocast's copies.
     copies = 2 * size * block if shard > 1 else size * n if config.dtype != "float32" else 0
+    activations = size * tokens * activations_per_token(config)
+    logits = (8 + size) * tokens * config.vocab_size  # logits, their softmax, their gradient
+    if config.recompute:  # the blocks' inputs; later those of a single block, when the logits are gone
+        activations = size * tokens * config.n_layer * config.n_embd + max(0, activations / config.n_layer - logits)
     return {
         "weights": 4 * n / shard + copies,
         "gradients": 4 * n / shard,
         "optimizer": (4 * matrices + 8 * (n - matrices)) / shard,
-        "activations": size * tokens * activations_per_token(config),
-        "logits": (8 + size) * tokens * config.vocab_size,  # logits, their softmax, their gradient
+        "activations": activations,
+        "logits": logits,
     }
 
 
@@ -86,8 +90,10 @@ def checkpoint_bytes(model: GPT, config: Config) -> float:
 
 
 def compute_seconds(model: GPT, config: Config, gpu: str, gpus: int, mfu: float) -> float:
-    """Seconds of computation per step at a share `mfu` of the published peak."""
-    return model.flops_per_token() * config.batch_tokens / (gpus * ACCELERATORS[gpu].flops * mfu)
+    """Seconds of computation per step at a share `mfu` of the published peak. A forward pass is a third of it, and
+    recomputation makes another one."""
+    passes = 4 / 3 if config.recompute else 1
+    return passes * model.flops_per_token() * config.batch_tokens / (gpus * ACCELERATORS[gpu].flops * mfu)
 
 
 def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute: float) -> tuple[float, float]:
@@ -169,6 +175,9 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
         divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
         smallest = next((s for s in divisors if sum(memory_parts(model, config, s).values()) <= device.memory), None)
         too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB with any --shard"
+        if not config.recompute:
+            kept = memory_parts(model, replace(config, recompute=True), shard)["activations"]
+            too_large += f", {kept / 1e9:,.0f} GB with --recompute"
         warnings.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
 
     failures, state = FAILURES_PER_GPU_DAY * gpus, checkpoint_bytes(model, config)

@@ -104,12 +104,12 @@ def prepare(
     files = find_files(inputs, out.parent, skipped)
     if not files:
         fail(f"found no text to read: {'; '.join(skipped) or 'the folders hold no files'}")
-    chat = chat or holds_conversations(files[0], field)
+    chat = chat or holds_conversations(files[0], field)  # the others are then expected to hold the same
     if chat and val_tail:
         fail("--val_tail is for text: of conversations, whole ones are held out")
     if chat and not isinstance(encoding, int):
         encoding = with_chat_tokens(encoding)
-    if len(files) == 1 and not is_container(files[0]) and not val_tail:
+    if len(files) == 1 and not is_container(files[0]) and not val_tail and not chat:
         say(f"{files[0]} is a single document: its last {val_fraction:.0%} is held out, as with --val_tail")
         val_tail = True
     total_bytes = sum(path.stat().st_size for path in files)
@@ -133,11 +133,12 @@ def prepare(
         if len(skipped) > 20:
             say(f"skipped in total: {skipped.total():,}")
         if not any(sizes["documents"] for sizes in splits.values()):
-            fail(f"found no text: {'; '.join(list(skipped)[:3])}: give the field that holds the text with --field")
+            advice = "" if chat else ": give the field that holds the text with --field"
+            fail(f"found no {'conversations' if chat else 'text'}: {'; '.join(list(skipped)[:3])}{advice}")
         for split, sizes in splits.items():
             if not sizes["tokens"]:
-                advice = "raise --val_fraction, or give --val_tail to hold out the end of each document"
-                fail(f"none of the documents fell into the {split} split: {advice}")
+                advice = "" if chat else ", or give --val_tail to hold out the end of each document"
+                fail(f"none of the documents fell into the {split} split: raise --val_fraction{advice}")
         meta = {"tokenizer": tokenizer_to_dict(encoding, chat), "vocab_size": encoding.n_vocab, **splits}
         write_json(partial / "meta.json", meta | {"sources": inputs or ["the Python standard library"]})
         if out.exists():
@@ -150,10 +151,9 @@ def prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
+    line = "{:5} {documents:9,} documents {bytes:13,} bytes {tokens:13,} tokens, {:.2f} bytes per token"
     for split, sizes in splits.items():
-        n_documents, n_bytes, n_tokens = sizes["documents"], sizes["bytes"], sizes["tokens"]
-        per_token = f"{n_bytes / n_tokens:.2f} bytes per token"
-        say(f"{split:5} {n_documents:9,} documents {n_bytes:13,} bytes {n_tokens:13,} tokens, {per_token}")
+        say(line.format(split, sizes["bytes"] / sizes["tokens"], **sizes))
     say(f"{out} is ready: vocabulary of {encoding.n_vocab:,} ({encoding.name})")
 
 
@@ -181,7 +181,7 @@ def named_tokenizer(name: str) -> tiktoken.Encoding | int:
         return byte_tokenizer()
     if (match := regex.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > byte_tokenizer().n_vocab:
         return int(match[1])
-    if Path(name).is_dir():
+    if Path(name).exists():
         from published import load_tokenizer  # loads torch, so not at the top
 
         return load_tokenizer(Path(name))
@@ -320,7 +320,7 @@ def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
 
 def tokenizer_to_dict(tokenizer: tiktoken.Encoding, chat: bool = False) -> dict:
     """Return the tokenizer as JSON values, for meta.json and for every checkpoint. `chat` tells that the data set, or
-    what the model was trained on last, are conversations."""
+    what the model was trained on last, consists of conversations."""
     return {
         "name": tokenizer.name,
         "pattern": tokenizer._pat_str,
@@ -345,15 +345,15 @@ Message = dict[str, str]  # {"role": "system", "user", "assistant" or "tool", "c
 class Template(NamedTuple):
     """What a chat model expects around the messages of a conversation."""
 
-    header: str  # before each message
+    header: str  # before each message, with the role filled in
     end: str  # behind each message: the token with which the model ends its answer
     gap: str = "\n"  # between messages
     begin: str = ""  # before the first message
-    opening: str = ""  # how the last answer begins
+    opening: str = ""  # how the last answer begins: what the model is not asked to write
 
 
 CHATML = Template("<|im_start|>{role}\n", "<|im_end|>")
-TEMPLATES = (
+TEMPLATES = (  # a tokenizer's is the first one whose tokens it has, so that special cases come first
     CHATML._replace(opening="<think>\n\n</think>\n\n"),  # Qwen3, which then answers without thinking
     CHATML,  # all models trained here, and SmolLM2
     Template(
@@ -364,7 +364,7 @@ TEMPLATES = (
 
 @cache
 def template_of(tokenizer: tiktoken.Encoding) -> Template | None:
-    """The first template whose control tokens the tokenizer has."""
+    """The template of a tokenizer, which follows from its control tokens."""
     for template in TEMPLATES:
         if set(regex.findall("<[^<>]+>", "".join(template))) <= tokenizer.special_tokens_set:
             return template
@@ -549,7 +549,7 @@ def usable_records(path: Path, field: str | None, use: Callable, skipped: Counte
                 record = json.loads(record) if isinstance(record, bytes) else record
                 used = use(record)
             except (ValueError, RecursionError):
-                reasons["records that are not JSON"] += 1
+                reasons["records that are not JSON in Unicode"] += 1
             except Unusable as error:
                 reason, *example = error.args
                 reasons[reason] += 1
@@ -646,8 +646,9 @@ def conversations(
             skipped[f"{path}: not a file of conversations"] += 1
             continue
         for messages in usable_records(path, None, messages_in, skipped):
-            first_answer = [message["role"] for message in messages].index("assistant")
-            yield split_of(json.dumps(messages[:first_answer]).encode(), val_fraction), path.name, messages
+            roles = [message["role"] for message in messages]
+            asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages
+            yield split_of(json.dumps(asked).encode(), val_fraction), path.name, messages
 
 
 def holds_conversations(path: Path, field: str) -> bool:
@@ -660,7 +661,7 @@ def holds_conversations(path: Path, field: str) -> bool:
 
 
 def messages_in(record: object) -> list[Message]:
-    """The messages of a record in any of the usual layouts, up to the last answer. Messages of one role in a row become
+    """The messages of a record in one of the layouts below, up to the last answer. Messages of one role in a row become
     one. Raises Unusable, with the reason."""
     match record:
         case list(turns) | {"messages": list(turns)} | {"conversations": list(turns)}:
@@ -668,7 +669,7 @@ def messages_in(record: object) -> list[Message]:
         case {"prompt": list(asked), "completion": list(answered)}:
             turns = asked + answered
         case {"instruction": str(asked), "output": answered}:
-            turns = [f"{asked}\n\n{record.get('input', '')}".strip(), answered]
+            turns = [f"{asked}\n\n{record.get('input') or ''}".strip(), answered]
         case (
             {"prompt": asked, "completion": answered}
             | {"question": asked, "answer": answered}
@@ -678,28 +679,31 @@ def messages_in(record: object) -> list[Message]:
         case _:
             keys = f", one has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
             raise Unusable("records that are not conversations", keys)
+    if isinstance(record, dict) and record.get("system"):
+        turns = [{"role": "system", "content": record["system"]}, *turns]
     messages = []
     for i, turn in enumerate(turns):
         match turn:
-            case str(content):
+            case str(content):  # texts without roles take turns
                 role = ("user", "assistant")[i % 2]
-            case {"role": str(name), "content": content} | {"from": str(name), "value": content} if name in ROLES:
-                role = ROLES[name]
+            case {"role": str(name), "content": content} | {"from": str(name), "value": content}:
+                role = ROLES.get(name.lower())
             case _:
-                raise Unusable("conversations with a message of no known role")
+                role = content = None
         if isinstance(content, list):  # of parts, which may also be images
-            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = None if None in texts else "".join(texts)
-        if not isinstance(content, str):
-            raise Unusable("conversations with a message that is not text")
+            content = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = "".join(content) if all(isinstance(text, str) for text in content) else None
+        if not role or not isinstance(content, str):
+            raise Unusable("conversations with a message that is not text, or that has no known role")
+        content.encode()  # raises ValueError if it is no Unicode
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += f"\n{content}"
         else:
             messages.append({"role": role, "content": content})
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    if not messages:
-        raise Unusable("conversations without an answer")
+    if not messages or not all(message["content"].strip() for message in messages if message["role"] == "assistant"):
+        raise Unusable("conversations without an answer, or with an empty one")
     return messages
 
 
@@ -723,7 +727,11 @@ def stdlib_posts(files: list[Path]) -> dict[str, list[Fact]]:
     """{a line about a function or class: what it says}, from the source of Python files, which is not executed."""
     posts = {}
     for path in files:
-        for node in ast.walk(ast.parse(path.read_bytes())):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # some distributions ship files for other versions of Python
+            continue
+        for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
                 continue
             docstring = " ".join((ast.get_docstring(node) or "").split())
@@ -734,8 +742,8 @@ def stdlib_posts(files: list[Path]) -> dict[str, list[Fact]]:
                 arguments = regex.sub("^(self|cls)(, |$)", "", ast.unparse(node.args))
                 beginning = f"`{node.name}({arguments})`"
                 facts.append(("arguments", node.name, beginning))
-                for name, value in regex.findall(r"(\w+)=([^,()]+)(?=,|$)", arguments):
-                    facts.append(("default", name, f"`{name}={value}`"))
+                defaults = regex.findall(r"(\w+)=([^,()]+)(?=,|$)", arguments)
+                facts += [("default", name, f"`{name}={value}`") for name, value in defaults]
             elif node.bases:
                 beginning = f"`{node.name}` derives from `{ast.unparse(node.bases[0])}`"
                 facts.append(("base", node.name, f"{beginning}."))
@@ -924,6 +932,7 @@ class Conversations:
         stops = np.flatnonzero(tokens == tokenizer.eot_token)
         starts = np.append(0, stops[:-1] + 1)
         limits = np.minimum(stops, starts + seq_len + 1)
+        # The end of the last answer in each conversation, and of the last one that fits into a row.
         full, last = (answer_ends[np.searchsorted(answer_ends, limit) - 1] for limit in (stops, limits))
         fits = last >= starts
         self.n_cut, self.n_left_out = int(np.sum(fits & (last < full))), int(np.sum(~fits))

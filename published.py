@@ -37,9 +37,10 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
         return load_checkpoint(path)
     try:
         config, weights = load_published(folder)
+        chat = has_chat_template(folder)
     except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
         fail(f"cannot load {folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    tokenizer = tokenizer_to_dict(load_published_tokenizer(folder), has_chat_template(folder))
+    tokenizer = tokenizer_to_dict(load_published_tokenizer(folder), chat)
     return {"step": 0, "model": weights, "config": asdict(config), "tokenizer": tokenizer}, folder
 
 
@@ -60,7 +61,11 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     """The tokenizer of a run, a checkpoint or a published folder. Ends the program on failure."""
     if (path / "tokenizer.json").exists():
         return load_published_tokenizer(path)
-    return tokenizer_from_dict(load_checkpoint(path)[0]["tokenizer"])
+    state, source = load_checkpoint(path)
+    try:
+        return tokenizer_from_dict(state["tokenizer"])
+    except Exception as error:  # noqa: BLE001 - as above
+        fail(f"{source} holds no tokenizer ({type(error).__name__}: {error})")
 
 
 def load_model(path: str | Path, chat: bool = False) -> tuple[GPT, tiktoken.Encoding, Path]:

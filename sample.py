@@ -14,7 +14,7 @@ text outgrows the model's context, the newest half of it is kept; a chat drops i
 In a chat, Ctrl-C ends an answer, Ctrl-D the program. A line that begins with a slash is a command:
 
     /post FILE      put the text of a file before the next question
-    /system TEXT    tell the model how to behave
+    /system TEXT    begin a new conversation, and tell the model how to behave in it
     /clear          begin a new conversation
 """
 
@@ -177,10 +177,10 @@ def chat(model, tokenizer: tiktoken.Encoding, args, **options) -> None:
             messages.clear()
         elif command == "/system":
             messages[:] = [{"role": "system", "content": rest}]
-        elif command == "/post":
+        elif command == "/post" and rest:
             try:
                 post = f"{Path(rest).read_text(encoding='utf-8').strip()}\n\n"
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:
                 print(f"cannot read {rest}: {error}", file=sys.stderr)
         elif command.startswith("/"):
             print("the commands are /post FILE, /system TEXT and /clear", file=sys.stderr)
@@ -199,16 +199,16 @@ def chat(model, tokenizer: tiktoken.Encoding, args, **options) -> None:
 
 
 def fitting_prompt(tokenizer: tiktoken.Encoding, messages: list[Message], seq_len: int, n_tokens: int) -> list[int]:
-    """The tokens of the conversation up to the next answer, for which a quarter of the context stays free. To that end
+    """The tokens of the conversation up to the next answer, which gets a quarter of the context. To make room for it,
     the oldest questions and answers are removed. If the last question alone is too long, it is removed: []."""
-    first = messages[0]["role"] == "system"  # stays
+    n_system = int(messages[0]["role"] == "system")  # these stay
     limit, before = seq_len - min(n_tokens, seq_len // 4), len(messages)
-    if len(render(tokenizer, [*messages[:first], messages[-1]], ask=True)) > limit:
+    if len(render(tokenizer, [*messages[:n_system], messages[-1]], ask=True)) > limit:
         print(f"this is too long for the model's context of {seq_len} tokens", file=sys.stderr)
         messages.pop()
         return []
     while len(ids := render(tokenizer, messages, ask=True).tolist()) > limit:
-        del messages[first : first + 2]
+        del messages[n_system : n_system + 2]
     if dropped := (before - len(messages)) // 2:
         print(f"(the context is full; questions dropped, oldest first: {dropped})", file=sys.stderr)
     return ids

@@ -40,7 +40,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -54,6 +54,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import prepare
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, has_bfloat16
@@ -91,6 +92,7 @@ class Config(GPTConfig):
     skip_bad_steps: int = 0  # steps with a non-finite gradient to skip before the run stops
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
+    recompute: bool = False  # keep only the input of each block, and compute the rest again in the backward pass
     compile: bool | None = None  # torch.compile (default: on CUDA only)
     device: str | None = None  # cpu, cuda, mps, ... (default: the accelerator if there is one)
     shard: int = 1  # processes that share one copy of the model (FSDP2); 1: each has its own (DDP)
@@ -239,8 +241,6 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
     """Return the config and the number of steps already done, on all ranks, and on rank 0 the state to start from (None
     for new weights). Without a checkpoint in its folder, even --resume starts a new run."""
     check_same("version or setting", {"torch": torch.__version__, "resume": resume, **given})
-    if "steps" in given:
-        given = {"epochs": None, **given}
     out, step, state = given.get("out"), 0, None
     newest = max((record.name for record in Path(out).glob("step-*.json")), default="") if resume and out else ""
     seen = from_all_ranks(newest)  # nodes that do not share the folder would each see their own checkpoints
@@ -402,14 +402,17 @@ def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | 
             separator = tokenizer.eot_token if config.document_mask else None
             both.append(Windows(shards[split], config.seq_len, separator))
         if both[-1].n_windows < 1:
-            advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
+            here, size = f"the {split} split of {config.data}", f"{config.seq_len} tokens"
             if is_chat:
-                advice = "no conversation has an answer that ends within it; use a larger --seq_len"
-            fail(f"the {split} split of {config.data} is shorter than a window of {config.seq_len} tokens: {advice}")
+                fail(f"{here} has no conversation with an answer that ends within {size}: use a larger --seq_len")
+            advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
+            fail(f"{here} is shorter than a window of {size}: {advice}")
     train_data, val_data = both
     if config.epochs:
         config.steps = math.ceil(config.epochs * train_data.n_windows * config.seq_len / config.batch_tokens)
-        config.stop_at = config.steps if "stop_at" in config.derived else min(config.stop_at, config.steps)
+        config.stop_at = config.steps if "stop_at" in config.derived else config.stop_at
+        if config.stop_at > config.steps:
+            fail(f"stop_at {config.stop_at} is larger than the {config.steps} steps of --epochs {config.epochs}")
     # Text holds no control tokens besides end-of-text, so that a model need not have those of conversations.
     n_used = meta["vocab_size"] if is_chat else 1 + max(tokenizer.eot_token, *tokenizer._mergeable_ranks.values())
     if config.init and is_chat:
@@ -433,6 +436,9 @@ def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]
     --shard no other rank ever holds the whole model."""
     with torch.device("meta"):
         model = GPT(config)
+    if config.recompute:
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.shard > 1:
         ranks = torch.arange(dist.get_world_size()).view(-1, config.shard)
         timeout = timedelta(seconds=config.timeout)
@@ -1003,6 +1009,10 @@ def main() -> None:
 
         return plan.main()
     given = vars(make_parser().parse_args())
+    if "steps" in given and "epochs" in given:
+        fail("give --steps or --epochs, not both")
+    if "steps" in given:
+        given["epochs"] = None
     resume, settings = given.pop("resume", False), given.pop("config", {})
     launch(train, {**settings, **given}, resume)
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import prepare
 import published
 import sample
 import train
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache, generate
 from prepare import IGNORED, Conversations, answer_mask, messages_in, render
 from published import load_model
 
@@ -79,15 +80,22 @@ def test_an_instruction_with_an_input_is_one_message_and_so_are_two_of_one_role(
     assert messages_in([*talk("a"), *talk("b", "c")]) == talk("a\nb", "c")
 
 
+def test_an_input_of_null_is_no_text():
+    assert messages_in({"instruction": "sum", "input": None, "output": "3"}) == talk("sum", "3")
+
+
 def test_a_system_message_stays_first():
     system = {"role": "system", "content": "Be brief."}
+    assert messages_in({"conversations": talk("a", "b"), "system": "Be brief."}) == [system, *talk("a", "b")]
     assert messages_in({"messages": [system, *talk("a", "b")]}) == [system, *talk("a", "b")]
 
 
 def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_path):
     records = [{"messages": talk(words(3, i), "yes")} for i in range(60)]
     records += [{"messages": talk("only a question")}] * 2 + [{"title": "x"}]
-    records += [{"messages": [{"role": "narrator", "content": "x"}]}]
+    records += [{"messages": [{"role": "narrator", "content": "x"}]}, {"question": ["x"], "answer": "y"}]
+    records += [{"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}, *talk("", "y")[1:]]}]
+    records += [{"question": "\ud800", "answer": "y"}, {"question": "x", "answer": " "}]
     records += [{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}] * 3
     with gzip.open(tmp_path / "t.jsonl.gz", "wt") as file:
         file.write("\n".join(map(json.dumps, records)) + "\nnot json\n")
@@ -95,11 +103,10 @@ def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_pat
     call(prepare, "t.jsonl.gz", "book.txt", "--tokenizer", "byte", "--val_fraction", 0.2)
     printed = capsys.readouterr().err
     for told in (
-        "conversations without an answer (2)",
+        "conversations without an answer, or with an empty one (3)",
         "records that are not conversations, one has title",
-        "no known role",
-        "that is not text (3)",
-        "records that are not JSON",
+        "a message that is not text, or that has no known role (6)",
+        "records that are not JSON in Unicode (2)",
         "book.txt: not a file of conversations",
     ):
         assert told in printed
@@ -131,6 +138,14 @@ def test_conversations_that_begin_alike_share_a_split(call, tmp_path):
         documents = BYTE.decode(np.concatenate(shards[split])).split(prepare.END_OF_TEXT)[:-1]
         questions = [document.partition("<|im_end|>")[0] for document in documents]
         assert all(questions.count(question) == 2 for question in questions)
+
+
+def test_a_greeting_that_begins_all_conversations_does_not_put_them_into_one_split(call, tmp_path):
+    greeting = {"role": "assistant", "content": "How can I help?"}
+    records = [{"messages": [greeting, *talk(words(3, i), "ok")]} for i in range(60)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
+    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.3)
+    assert 5 < prepare.load_dataset("data/t")[0]["val"]["documents"] < 40
 
 
 # ---- tokens
@@ -181,7 +196,7 @@ def test_a_tokenizer_without_them_gets_two_tokens_more_and_keeps_its_ids():
 
 @pytest.fixture(scope="module")
 def default_talks():
-    return list(prepare.stdlib_conversations(prepare.default_corpus()[:150], 0.1))
+    return list(prepare.stdlib_conversations(prepare.default_corpus()[:60], 0.1))
 
 
 def test_held_out_questions_are_about_names_never_seen(default_talks):
@@ -359,7 +374,7 @@ def test_a_model_without_the_tokens_gets_rows_that_begin_as_the_mean(call, chat_
     torch.testing.assert_close(after["embedding.weight"][257:], before["embedding.weight"].mean(0).expand(2, -1))
 
 
-def test_fine_tuning_takes_its_steps_from_epochs_and_its_rate_from_the_run(call, run, data, tmp_path):
+def test_fine_tuning_takes_its_steps_from_epochs_and_its_rate_from_the_run(call, refused, run, data, tmp_path):
     call(train, "--init", run, "--data", data, "--out", "tuned", "--batch_tokens", 1024, "--stop_at", 1)
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
     n_windows = prepare.Windows(prepare.load_dataset(data)[1]["train"], 16).n_windows
@@ -367,6 +382,8 @@ def test_fine_tuning_takes_its_steps_from_epochs_and_its_rate_from_the_run(call,
     assert config["lr"] == json.loads((run / "config.json").read_text())["lr"]
     call(train, "--resume", "--out", "tuned", "--steps", 2)  # steps that are given override the epochs
     assert max(rows(tmp_path / "tuned", "val_loss")) == 2
+    assert "not both" in refused(train, "--steps", 2, "--epochs", 1)
+    assert "larger than the" in refused(train, "--init", run, "--data", data, "--out", "x", "--stop_at", 10**6)
 
 
 # ---- the terminal
@@ -394,6 +411,20 @@ def test_a_kept_cache_gives_the_text_of_a_cold_one():
             answers.append("".join(text for (text,) in steps))
         assert answers[0] == answers[1]
         messages.append({"role": "assistant", "content": answers[0]})
+
+
+def test_a_cache_is_still_right_after_an_interrupted_step(monkeypatch):
+    model, cache = wild_model(seq_len=40), KVCache(GPTConfig(vocab_size=259, n_embd=32, seq_len=40), 1)
+    tokens = torch.arange(20)[None]
+
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.head, "forward", interrupted)
+        next(generate(model, tokens[:, :10], cache=cache, temperature=0))
+    kept, cold = (list(islice(generate(model, tokens, cache=c, temperature=0), 8)) for c in (cache, None))
+    assert kept == cold
 
 
 def test_a_second_turn_computes_only_its_own_tokens(chat_run, monkeypatch):
@@ -465,7 +496,10 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(call, capsys, monkeypatch, chat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "continuations", interrupted)
-    out, _ = ask(call, capsys, monkeypatch, chat_run, "one\ntwo\n")
+    try:
+        out, _ = ask(call, capsys, monkeypatch, chat_run, "one\ntwo\n")
+    except KeyboardInterrupt:
+        pytest.fail("the program has ended")
     assert out == "half\nhalf\n" and "assistant\nhalf<|im_end|>" in seen[1]
 
 

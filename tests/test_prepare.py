@@ -224,7 +224,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
         "cut.txt: not UTF-8",
         "empty.txt: empty",
         "without usable text in the field 'text', one has body (5)",
-        "records that are not JSON",
+        "records that are not JSON in Unicode",
         "torn.jsonl.gz",
     ):
         assert told in printed

@@ -23,7 +23,7 @@ from conftest import TINY, Ranks, assert_same, rows, shell, state_of, wait_for_s
 
 import prepare
 import train
-from model import GPT, GPTConfig, load_checkpoint, newest_run
+from model import GPT, Block, GPTConfig, load_checkpoint, newest_run
 from published import load_model
 
 
@@ -109,6 +109,24 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
     assert rates[:3] == pytest.approx([0.2, 0.4, 0.6])
     assert rates[9:51] == [2.0] * 42
     assert rates[75] == pytest.approx(1.0) and rates[100] == 0.0
+
+
+def test_recomputed_activations_change_no_bit_and_each_block_runs_twice(call, data, tmp_path, monkeypatch):
+    """With dropout and experts, whose routing is computed twice as well."""
+    forward, calls = Block.forward, []
+    monkeypatch.setattr(
+        Block, "forward", lambda self, *inputs: calls.append(torch.is_grad_enabled()) or forward(self, *inputs)
+    )
+    flags = [*TINY, "--data", data, "--steps", 3, "--dropout", 0.2, "--n_expert", 4, "--lr", 1e-2]
+    counts = []
+    for out, more in (("kept", ()), ("again", ("--recompute",))):
+        calls.clear()
+        call(train, *flags, "--out", out, *more)
+        counts.append(sum(calls))
+    assert counts[1] == 2 * counts[0]
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert rows(tmp_path / "kept", key) == rows(tmp_path / "again", key)
+    assert_same(state_of(tmp_path / "kept", 3)["model"], state_of(tmp_path / "again", 3)["model"])
 
 
 def test_accumulated_micro_batches_equal_one_batch(call, data, tmp_path):
