@@ -45,7 +45,7 @@ from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -652,37 +652,38 @@ def conversations(
 
 
 def holds_conversations(path: Path, field: str) -> bool:
-    """Whether the first record of a file is a conversation, without a text in the field `field`."""
+    """Whether the first record of a file has the keys of a conversation, and no field `field`."""
     record = next(usable_records(path, None, lambda record: record, Counter()), None) if is_container(path) else None
-    try:
-        return not (isinstance(record, dict) and field in record) and bool(messages_in(record))
-    except Unusable:
-        return False
+    with suppress(Unusable):
+        return turns_in(record) is not None and field not in record
+    return False
+
+
+def turns_in(record: object) -> list:
+    """The messages of a record in one of the usual layouts, as they are there. Raises Unusable for other records."""
+    match record:
+        case list(turns):
+            return turns
+        case {"messages": list(turns)} | {"conversations": list(turns)}:
+            system = record.get("system")
+            return [{"role": "system", "content": system}, *turns] if system else turns
+        case {"prompt": list(asked), "completion": list(answered)}:
+            return asked + answered
+        case {"instruction": str(asked), "output": answered}:
+            return [f"{asked}\n\n{record.get('input') or ''}".strip(), answered]
+        case {"prompt": asked, "completion": answered} | {"question": asked, "answer": answered}:
+            return [asked, answered]
+        case {"input": asked, "output": answered}:
+            return [asked, answered]
+    keys = f", one has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
+    raise Unusable("records that are not conversations", keys)
 
 
 def messages_in(record: object) -> list[Message]:
-    """The messages of a record in one of the layouts below, up to the last answer. Messages of one role in a row become
-    one. Raises Unusable, with the reason."""
-    match record:
-        case list(turns) | {"messages": list(turns)} | {"conversations": list(turns)}:
-            pass
-        case {"prompt": list(asked), "completion": list(answered)}:
-            turns = asked + answered
-        case {"instruction": str(asked), "output": answered}:
-            turns = [f"{asked}\n\n{record.get('input') or ''}".strip(), answered]
-        case (
-            {"prompt": asked, "completion": answered}
-            | {"question": asked, "answer": answered}
-            | {"input": asked, "output": answered}
-        ):
-            turns = [asked, answered]
-        case _:
-            keys = f", one has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
-            raise Unusable("records that are not conversations", keys)
-    if isinstance(record, dict) and record.get("system"):
-        turns = [{"role": "system", "content": record["system"]}, *turns]
+    """The messages of a record up to the last answer. Those of one role in a row become one. Raises Unusable, with the
+    reason, or ValueError for text that is no Unicode."""
     messages = []
-    for i, turn in enumerate(turns):
+    for i, turn in enumerate(turns_in(record)):
         match turn:
             case str(content):  # texts without roles take turns
                 role = ("user", "assistant")[i % 2]
@@ -695,7 +696,7 @@ def messages_in(record: object) -> list[Message]:
             content = "".join(content) if all(isinstance(text, str) for text in content) else None
         if not role or not isinstance(content, str):
             raise Unusable("conversations with a message that is not text, or that has no known role")
-        content.encode()  # raises ValueError if it is no Unicode
+        content.encode()
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += f"\n{content}"
         else:
