@@ -291,8 +291,9 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
 
 
 def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> dict[str, Tensor]:
-    """The weights to start with, on rank 0: those of `state`, or new ones. Ends the program unless a checkpoint fits:
-    a model only understands the tokens that it was trained on, and a resumed run needs its own data and optimizer."""
+    """The weights to start with, on rank 0: those of `state`, or new ones. Ends the program if there is nothing to do,
+    or if a checkpoint does not fit: a model only understands the tokens that it was trained on, and a resumed run needs
+    its own data and optimizer."""
     if dist.get_rank() > 0:
         return {}
     if step >= config.stop_at:
@@ -308,7 +309,7 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
         if step > 0 and (trained_with := state["config"]["optimizer"]) != config.optimizer:
             fail(f"{config.out} was trained with --optimizer {trained_with} and must continue with it")
         weights = state["model"]
-        for name in sorted({"embedding.weight", "head.weight"} & weights.keys()):
+        for name in sorted({"embedding.weight", "head.weight"} & weights.keys()):  # a tied head is not in the file
             if step == 0 and (n_new := config.vocab_size - len(weights[name])) > 0:
                 print(f"{n_new} new tokens: their rows of {name} begin as the mean of the others")
                 weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(n_new, -1)])
@@ -393,35 +394,38 @@ def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | 
         dist.barrier()
     meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
     check_same("data set", {f"SHA-256 of {split}": shard_hashes(meta, split) for split in prepare.SPLITS})
-    tokenizer, is_chat = prepare.tokenizer_from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
-    both = []
-    for split in prepare.SPLITS:
-        if is_chat:
-            both.append(Conversations(shards[split], config.seq_len, tokenizer))
-        else:
-            separator = tokenizer.eot_token if config.document_mask else None
-            both.append(Windows(shards[split], config.seq_len, separator))
-        if both[-1].n_windows < 1:
-            here, size = f"the {split} split of {config.data}", f"{config.seq_len} tokens"
-            if is_chat:
-                fail(f"{here} has no conversation with an answer that ends within {size}: use a larger --seq_len")
-            advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
-            fail(f"{here} is shorter than a window of {size}: {advice}")
-    train_data, val_data = both
+    train_data, val_data = (windows_of(split, shards[split], config, meta) for split in prepare.SPLITS)
     if config.epochs:
         config.steps = math.ceil(config.epochs * train_data.n_windows * config.seq_len / config.batch_tokens)
         config.stop_at = config.steps if "stop_at" in config.derived else config.stop_at
         if config.stop_at > config.steps:
             fail(f"stop_at {config.stop_at} is larger than the {config.steps} steps of --epochs {config.epochs}")
-    # Text holds no control tokens besides end-of-text, so that a model need not have those of conversations.
-    n_used = meta["vocab_size"] if is_chat else 1 + max(tokenizer.eot_token, *tokenizer._mergeable_ranks.values())
-    if config.init and is_chat:
-        config.vocab_size = max(config.vocab_size, n_used)  # see first_weights
+    n_used = meta["vocab_size"]
+    if isinstance(train_data, Windows):  # text has no control token but end-of-text, so a model may lack the others
+        tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
+        n_used = 1 + max(tokenizer.eot_token, *tokenizer._mergeable_ranks.values())
+    elif config.init:
+        config.vocab_size = max(config.vocab_size, n_used)  # first_weights adds rows for them
     config.vocab_size = config.vocab_size or meta["vocab_size"]
     if config.vocab_size < n_used:
         sizes = f"the model's vocabulary of {config.vocab_size} is smaller than the data's {n_used}"
         fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
     return meta, train_data, val_data
+
+
+def windows_of(split: str, shards: list[np.ndarray], config: Config, meta: dict) -> Windows | Conversations:
+    """The windows of a split, or the rows into which its conversations are packed. Ends the program if it has none."""
+    tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
+    if meta["tokenizer"].get("chat"):
+        windows = Conversations(shards, config.seq_len, tokenizer)
+        problem = f"has no conversation with an answer that ends within {config.seq_len} tokens: raise --seq_len"
+    else:
+        windows = Windows(shards, config.seq_len, tokenizer.eot_token if config.document_mask else None)
+        advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
+        problem = f"is shorter than a window of {config.seq_len} tokens: {advice}"
+    if windows.n_windows < 1:
+        fail(f"the {split} split of {config.data} {problem}")
+    return windows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
