@@ -236,6 +236,8 @@ def main() -> None:
     asked = parser.parse_args()  # holds only what is on the command line, and the defaults above
     given = asked.config if "config" in asked else {}
     given |= {f.name: getattr(asked, f.name) for f in fields(Config) if f.name in asked}
+    if "steps" in asked:
+        given["epochs"] = None  # as in train.py
     if "resume" in asked:
         fail("a plan is made for a new run: leave out --resume, and give the settings of a run with --config")
     if not 0 < asked.mfu <= 1:
