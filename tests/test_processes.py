@@ -88,11 +88,6 @@ def test_a_run_that_moves_between_one_process_ddp_and_fsdp_continues_as_if_it_ha
     assert_close(tmp_path / "stayed", tmp_path / "moved", 12, 1e-5)
 
 
-def test_a_sharded_run_in_bfloat16_ends_with_a_sample(data, tmp_path):
-    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 2, "--shard", 2, "--dtype", "bfloat16"]
-    assert "a sample:" in Ranks(tmp_path, *flags, n=2).finish().stdout
-
-
 def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path):
     """HSDP: two copies of the model, each sharded over two processes. These also recompute activations."""
     flags = [*SMALL, "--data", data, "--batch_tokens", 256, "--steps", 3, "--lr", 1e-3]
@@ -101,8 +96,10 @@ def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path
     assert_close(tmp_path / "one", tmp_path / "four", 3, 1e-5)
 
 
-def test_with_shards_no_rank_but_the_first_ever_builds_the_model_in_memory(data, tmp_path):
-    """Counts the parameters that each rank allocates outside the meta device."""
+@pytest.fixture(scope="module")
+def sharded(data, tmp_path_factory):
+    """What a sharded run in bfloat16 prints, and how many models each rank builds outside the meta device."""
+    folder = tmp_path_factory.mktemp("sharded")
     script = f"""
         import os, sys
         sys.path[:0] = [{str(ROOT)!r}]
@@ -116,10 +113,17 @@ def test_with_shards_no_rank_but_the_first_ever_builds_the_model_in_memory(data,
         train.main()
         print("rank", os.environ["RANK"], "built", real, file=sys.stderr)
     """
-    (tmp_path / "counting.py").write_text(textwrap.dedent(script))
-    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 1, "--shard", 2]
-    printed = Ranks(tmp_path, *flags, n=2, script=tmp_path / "counting.py").finish().stderr
-    assert "rank 0 built 1" in printed and "rank 1 built 0" in printed
+    (folder / "counting.py").write_text(textwrap.dedent(script))
+    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 2, "--shard", 2, "--dtype", "bfloat16"]
+    return Ranks(folder, *flags, n=2, script=folder / "counting.py").finish()
+
+
+def test_a_sharded_run_in_bfloat16_ends_with_a_sample(sharded):
+    assert "a sample:" in sharded.stdout
+
+
+def test_with_shards_no_rank_but_the_first_ever_builds_the_model_in_memory(sharded):
+    assert "rank 0 built 1" in sharded.stderr and "rank 1 built 0" in sharded.stderr
 
 
 def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):
