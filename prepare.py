@@ -56,7 +56,8 @@ import regex  # tiktoken's dependency: unlike re, it knows \p{L}, any letter, an
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation, see render()
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation, see parts()
+SPECIAL_TOKENS = (END_OF_TEXT, *CHAT_TOKENS)  # of every tokenizer made here
 SPLITS = ("train", "val")
 IGNORED = -100  # torch's number for a target that the loss does not count
 DEFAULT_TOKENIZER = "bpe:4096"
@@ -179,16 +180,15 @@ def named_tokenizer(name: str) -> tiktoken.Encoding | int:
     """
     if name == "byte":
         return byte_tokenizer()
-    if (match := regex.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > byte_tokenizer().n_vocab:
+    n_least = len(BYTES) + len(SPECIAL_TOKENS)
+    if (match := regex.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > n_least:
         return int(match[1])
     if Path(name).exists():
         from published import load_tokenizer  # loads torch, so not at the top
 
         return load_tokenizer(Path(name))
     if name not in tiktoken.list_encoding_names():
-        choices = (
-            f"byte, bpe:N with N above {byte_tokenizer().n_vocab}, a run, the folder of a published model, or one of"
-        )
+        choices = f"byte, bpe:N with N above {n_least}, a run, the folder of a published model, or one of"
         fail(f"unknown tokenizer {name!r}: use {choices} {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(name)
@@ -199,7 +199,7 @@ def named_tokenizer(name: str) -> tiktoken.Encoding | int:
 def make_tokenizer(name: str, pattern: str, ranks: dict[bytes, int], special: dict | None = None) -> tiktoken.Encoding:
     """Make a tokenizer from {bytes of a token: its id}. tiktoken calls ids ranks, since it merges the lowest first."""
     if special is None:
-        special = {token: len(ranks) + i for i, token in enumerate((END_OF_TEXT, *CHAT_TOKENS))}
+        special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -209,7 +209,7 @@ def byte_tokenizer() -> tiktoken.Encoding:
 
 
 def train_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) -> tiktoken.Encoding:
-    """Train a BPE tokenizer on text of the train split. Its `vocab_size` tokens include <|endoftext|>."""
+    """Train a BPE tokenizer on text of the train split. Its `vocab_size` tokens include SPECIAL_TOKENS."""
     sample_every = math.ceil(total_bytes / BPE_SAMPLE_BYTES)
     chunk_counts: Counter[str] = Counter()
     texts = (piece for piece in pieces if type(piece[1]) is str)
@@ -220,9 +220,8 @@ def train_tokenizer(vocab_size: int, pieces: Iterable[Piece], total_bytes: int) 
         count = chunk_counts.pop(chunk)
         for i in range(0, len(chunk), MAX_CHUNK):
             chunk_counts[chunk[i : i + MAX_CHUNK]] += count
-    n_special = 1 + len(CHAT_TOKENS)
-    ranks = train_bpe(chunk_counts, vocab_size - n_special)
-    return make_tokenizer(f"bpe:{len(ranks) + n_special}", GPT4_PATTERN, ranks)
+    ranks = train_bpe(chunk_counts, vocab_size - len(SPECIAL_TOKENS))
+    return make_tokenizer(f"bpe:{len(ranks) + len(SPECIAL_TOKENS)}", GPT4_PATTERN, ranks)
 
 
 def train_bpe(chunk_counts: Counter[str], vocab_size: int) -> dict[bytes, int]:
@@ -524,8 +523,8 @@ def documents(path: Path, field: str, skipped: Counter[str]) -> Iterator[tuple[B
                 return data
         except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
             pass
-        keys = f", one has {', '.join(map(str, record))}" if isinstance(record, dict) and field not in record else ""
-        raise Unusable(f"records without usable text in the field {field!r}", keys)
+        example = keys_of(record) if isinstance(record, dict) and field not in record else ""
+        raise Unusable(f"records without usable text in the field {field!r}", example)
 
     if is_container(path):
         for data in usable_records(path, field, text_in, skipped):
@@ -537,6 +536,10 @@ def documents(path: Path, field: str, skipped: Counter[str]) -> Iterator[tuple[B
 
 class Unusable(Exception):
     """The reason why a record cannot be used, and an example for it, if there is one."""
+
+
+def keys_of(record: object) -> str:
+    return f", one has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
 
 
 def usable_records(path: Path, field: str | None, use: Callable, skipped: Counter[str]) -> Iterator:
@@ -675,8 +678,7 @@ def turns_in(record: object) -> list:
             return [asked, answered]
         case {"input": asked, "output": answered}:
             return [asked, answered]
-    keys = f", one has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
-    raise Unusable("records that are not conversations", keys)
+    raise Unusable("records that are not conversations", keys_of(record))
 
 
 def messages_in(record: object) -> list[Message]:

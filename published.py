@@ -33,7 +33,11 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
     """The state of a run, a checkpoint or a published folder, and where it was found. A published folder has step 0 and
     no optimizer state. Ends the program if nothing can be loaded."""
     folder = Path(path)
-    if not is_published(folder):
+    try:
+        published = "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        published = False
+    if not published:
         return load_checkpoint(path)
     try:
         config, weights = load_published(folder)
@@ -42,13 +46,6 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
         fail(f"cannot load {folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     tokenizer = tokenizer_to_dict(load_published_tokenizer(folder), chat)
     return {"step": 0, "model": weights, "config": asdict(config), "tokenizer": tokenizer}, folder
-
-
-def is_published(folder: Path) -> bool:
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def has_chat_template(folder: Path) -> bool:

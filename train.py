@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
@@ -394,15 +395,15 @@ def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | 
         dist.barrier()
     meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
     check_same("data set", {f"SHA-256 of {split}": shard_hashes(meta, split) for split in prepare.SPLITS})
-    train_data, val_data = (windows_of(split, shards[split], config, meta) for split in prepare.SPLITS)
+    tokenizer, is_chat = prepare.tokenizer_from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
+    train_data, val_data = (windows_of(split, shards[split], config, tokenizer, is_chat) for split in prepare.SPLITS)
     if config.epochs:
         config.steps = math.ceil(config.epochs * train_data.n_windows * config.seq_len / config.batch_tokens)
         config.stop_at = config.steps if "stop_at" in config.derived else config.stop_at
         if config.stop_at > config.steps:
             fail(f"stop_at {config.stop_at} is larger than the {config.steps} steps of --epochs {config.epochs}")
     n_used = meta["vocab_size"]
-    if isinstance(train_data, Windows):  # text has no control token but end-of-text, so a model may lack the others
-        tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
+    if not is_chat:  # text has no control token but end-of-text, so a model may lack the others
         n_used = 1 + max(tokenizer.eot_token, *tokenizer._mergeable_ranks.values())
     elif config.init:
         config.vocab_size = max(config.vocab_size, n_used)  # first_weights adds rows for them
@@ -413,10 +414,11 @@ def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | 
     return meta, train_data, val_data
 
 
-def windows_of(split: str, shards: list[np.ndarray], config: Config, meta: dict) -> Windows | Conversations:
+def windows_of(
+    split: str, shards: list[np.ndarray], config: Config, tokenizer: tiktoken.Encoding, is_chat: bool
+) -> Windows | Conversations:
     """The windows of a split, or the rows into which its conversations are packed. Ends the program if it has none."""
-    tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
-    if meta["tokenizer"].get("chat"):
+    if is_chat:
         windows = Conversations(shards, config.seq_len, tokenizer)
         problem = f"has no conversation with an answer that ends within {config.seq_len} tokens: raise --seq_len"
     else:
