@@ -53,15 +53,17 @@ def product_bytes(config: Config) -> int:
 
 def activations_per_token(config: Config) -> int:
     """Numbers that a forward pass keeps for the backward pass per token of a full sequence, without the logits."""
-    c = config
+    c, wide = config, 4 // product_bytes(config)  # a number in float32 counts as `wide` numbers
     heads, kv_heads = c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim
-    attention = 2 * c.n_embd + 2 * heads + kv_heads  # norm input and output; queries, keys, values, attention output
+    norm = (wide + 1) * c.n_embd  # its input, in float32, and its output
+    attention = norm + 2 * heads + kv_heads  # queries, keys, values, attention output
     attention += (c.qk_norm + (c.position == "rope")) * (heads + kv_heads // 2)  # queries and keys at each stage
-    attention += 5 * c.n_head * c.seq_len * (c.attention_cap is not None)  # the scores at each stage, if capped
-    mlp = c.n_embd + (4 if c.gated else 2) * c.n_inner  # input; gate, up, activation, product; or up, activation
-    visits = c.n_expert_active if c.n_expert else 1
-    experts = 2 * c.n_embd * visits if c.n_expert else 0  # gathered tokens, and outputs before the gates
-    return c.n_layer * (attention + c.n_embd + visits * mlp + experts + 2 * c.n_embd * c.post_norm)
+    if c.attention_cap is not None:  # of the scores: tanh, softmax in float32, and its copy in bfloat16
+        attention += 2 * wide * c.n_head * c.seq_len
+    mlp = (4 if c.gated else 2) * c.n_inner  # gate, up, activation, product; or up, activation
+    if c.n_expert:
+        mlp = c.n_expert_active * (mlp + 3 * c.n_embd)  # gathered tokens, each expert's, and outputs before the gates
+    return c.n_layer * (attention + norm + mlp + 2 * c.n_embd * c.post_norm)
 
 
 def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
@@ -73,8 +75,8 @@ def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
     copies = 2 * size * block if shard > 1 else size * n if config.dtype != "float32" else 0
     activations = size * tokens * activations_per_token(config)
     logits = (8 + size) * tokens * config.vocab_size  # logits, their softmax, their gradient
-    if config.recompute:  # the blocks' inputs; later those of a single block, when the logits are gone
-        activations = size * tokens * config.n_layer * config.n_embd + max(0, activations / config.n_layer - logits)
+    if config.recompute:  # the blocks' inputs in float32; and all of a single block, when the logits are gone
+        activations = 4 * tokens * config.n_layer * config.n_embd + max(0, activations / config.n_layer - logits)
     return {
         "weights": 4 * n / shard + copies,
         "gradients": 4 * n / shard,
@@ -101,7 +103,8 @@ def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute:
     seconds of computation. Weights travel in the run's dtype, gradients in float32, Muon's updates one by one."""
     shard, n, size = config.shard, model.n_params(), product_bytes(config)
     n_micro = max(1, config.batch_tokens / gpus / (config.micro_batch * config.seq_len))
-    muon_bytes = size * sum(p.numel() for p in muon_matrices(model, config))
+    matrices = muon_matrices(model, config)
+    muon_bytes = size * sum(p.numel() for p in matrices)
     inside = link if shard <= NODE_GPUS else NODE_LINK
     across = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
 
@@ -110,7 +113,9 @@ def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute:
 
     gathered = 2 * n_micro * ring(size * n, shard, inside)  # in forward and in backward
     averaged = n_micro * ring(4 * n, shard, inside) + 2 * ring(4 * n / shard, gpus // shard, across)
-    updates = ring(muon_bytes, shard, inside) + (gpus > 1) * muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK)
+    updates = ring(muon_bytes, shard, inside)
+    if gpus > 1:
+        updates += muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK) + len(matrices) * HOP_SECONDS
     last_backward = compute * 2 / 3 / n_micro  # DDP averages in this one, all but the last bucket of 25 MiB
     overlap = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / (4 * n))
     return gathered + averaged + updates, max(0.0, gathered + averaged - overlap) + updates

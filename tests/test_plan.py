@@ -10,7 +10,7 @@ from conftest import TINY, rows
 
 import plan
 import train
-from model import GPT, PRESETS, GPTConfig, load_checkpoint
+from model import GPT, PRESETS, load_checkpoint
 
 # fmt: off
 MEGASCALE = {
@@ -162,10 +162,12 @@ def test_activations_are_counted_as_autograd_keeps_them():
     for changes in (
         {},
         {"n_kv_head": 2, "qk_norm": False},
+        {"attention_cap": 30.0, "head_dim": 16},
         dict(PRESETS["grok-toy"]),
         dict(PRESETS["gpt2"], n_layer=2),
     ):
-        config = GPTConfig(**{**changes, "vocab_size": 64, "seq_len": 128, "n_embd": 256, "n_head": 4})
+        sizes = {"vocab_size": 64, "seq_len": 128, "micro_batch": 8, "n_embd": 256, "n_head": 4}
+        config = train.Config(**{"dtype": "float32", **changes, **sizes})
         model, saved = GPT(config), {}
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -178,7 +180,8 @@ def test_activations_are_counted_as_autograd_keeps_them():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             logits = model(torch.randint(64, (8, 128)))
         assert logits.requires_grad
-        assert 4 * 8 * 128 * plan.activations_per_token(config) == pytest.approx(sum(saved.values()), rel=0.2), changes
+        planned = plan.product_bytes(config) * 8 * 128 * plan.activations_per_token(config)
+        assert planned == pytest.approx(sum(saved.values()), rel=0.2), changes
 
 
 def test_seconds_planned_for_this_machine_are_about_those_taken(call, capsys, data, tmp_path):
