@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ import numpy as np
 import regex
 import tiktoken
 import torch
+from nodes import flaky_nodes, linked_nodes
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -317,52 +318,32 @@ def processes(nano) -> tuple[str, str, str]:
     return beside(lambda: ours(*flags, processes=2, threads=1)[0], lambda: ours(*flags, threads=2)[0])
 
 
-@contextlib.contextmanager
-def two_nodes(bits_per_second: float) -> Iterator[list[list[str]]]:
-    """Two network namespaces joined by a slow link, as the beginnings of two commands that start a node each."""
-
-    def ip(command: str) -> None:
-        subprocess.run(["ip", *command.split()], check=True)
-
-    nodes = ("bench0", "bench1")
-    try:
-        for node in nodes:
-            ip(f"netns add {node}")
-        ip("link add veth0 netns bench0 type veth peer name veth1 netns bench1")
-        starts = []
-        for i, node in enumerate(nodes):
-            ip(f"-n {node} addr add 10.99.0.{i + 1}/24 dev veth{i}")
-            ip(f"-n {node} link set veth{i} up")
-            ip(f"-n {node} link set lo up")
-            slow = f"tc qdisc add dev veth{i} root tbf rate {bits_per_second:.0f}bit burst 256kb latency 50ms"
-            ip(f"netns exec {node} {slow}")
-            torchrun = f"{sys.executable} -m torch.distributed.run --nnodes=2 --rdzv-backend=c10d --rdzv-id=bench"
-            torchrun += f" --rdzv-endpoint=10.99.0.1:29400 --rdzv-conf=is_host={i == 0} --local-addr=10.99.0.{i + 1}"
-            starts.append(f"ip netns exec {node} env GLOO_SOCKET_IFNAME=veth{i} {torchrun}".split())
-        yield starts
-    finally:
-        for node in nodes:
-            subprocess.run(["ip", "netns", "del", node], check=False)
-
-
 def network(nano) -> tuple[str, str, str]:
-    """Two nodes behind a slow link: seconds of a step as planned and as measured (needs root and iproute2)"""
+    """Two nodes behind a bad link: seconds of a step as planned and as measured (needs root and iproute2)"""
     flags = ["--steps", "12", "--log_every", "1", "--eval_tokens", "128", "--dtype", "float32"]
     config = train.build_config({"vocab_size": 4096, "dtype": "float32"})
     compute = config.batch_tokens / speed(ours(*flags, processes=2, threads=1)[0])
     with torch.device("meta"):
         model = GPT(config)
     told, ratios = [], []
-    for name, bits in (("100 Mbit/s", 1e8), ("1 Gbit/s", 1e9)):
-        planned = compute + plan_file.traffic_seconds(model, config, 2, bits / 8, compute)[1]
-        with two_nodes(bits) as starts, tempfile.TemporaryDirectory() as folder:
-            head, other = ([*start, str(ROOT / "train.py"), "--out", f"{folder}/run", *flags] for start in starts)
+    for name, connect, delay in (
+        ("100 Mbit/s", partial(linked_nodes, 1e8), plan_file.HOP_SECONDS),
+        ("1 Gbit/s", partial(linked_nodes, 1e9), plan_file.HOP_SECONDS),
+        ("50 ms and 1% of packets lost", partial(flaky_nodes, 0.05, 0.01), 0.05),
+    ):
+        with connect() as nodes, tempfile.TemporaryDirectory() as folder:
+            head, other = (
+                [*node.torchrun("2"), str(ROOT / "train.py"), "--out", f"{folder}/run", *flags] for node in nodes
+            )
             with subprocess.Popen(other, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **NO_OUTPUT):
-                watch(head, ROOT, threads=1)
+                lines, *_ = watch(head, ROOT, threads=1)
             measured = config.batch_tokens / speed(metrics(Path(folder, "run")))
+        link = 1e9 * next(float(found[1]) for _, line in lines if (found := re.search(r"at ([\d.]+) GB/s", line)))
+        plan_file.HOP_SECONDS = delay
+        planned = compute + plan_file.traffic_seconds(model, config, 2, link, compute)[1]
         told.append(f"{name}: planned {planned:.2f}, took {measured:.2f}")
         ratios.append(f"{planned / measured:.2f}")
-    return "", "; ".join(told), f"{' and '.join(ratios)} of the time; {compute:.2f} without the link"
+    return "", "; ".join(told), f"{', '.join(ratios)} of the time; {compute:.2f} without the link"
 
 
 def experts(nano) -> tuple[str, str, str]:

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 from conftest import ROOT, TINY, workers
+from nodes import flaky_nodes, linked_nodes
 
 import prepare
 import published
@@ -38,10 +40,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 RESTARTS = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def start(*arguments, torchrun: list[str] | None = None) -> subprocess.Popen:
-    launcher = [sys.executable] if torchrun is None else TORCHRUN + torchrun
+def start(*arguments, torchrun: list[str] | None = None, node: list[str] | None = None) -> subprocess.Popen:
+    launcher = node or ([sys.executable] if torchrun is None else TORCHRUN + torchrun)
     command = [*launcher, str(ROOT / "train.py"), *QUICK, *map(str, arguments)]
-    return subprocess.Popen(command, env=RESTARTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    output = open("nodes.log", "ab") if node else subprocess.PIPE
+    return subprocess.Popen(command, env=RESTARTS, stdout=output, stderr=subprocess.STDOUT, encoding="utf-8")
 
 
 def last_step(run: str) -> int:
@@ -49,6 +52,11 @@ def last_step(run: str) -> int:
         return max(json.loads(row)["step"] for row in Path(run, "metrics.jsonl").read_text().split("\n")[:-1])
     except (OSError, ValueError):
         return 0
+
+
+def n_ranks() -> int:
+    """The number of ranks that the nodes last announced."""
+    return int(re.findall(r"^ranks +(\d+) on", Path("nodes.log").read_text(errors="replace"), re.MULTILINE)[-1])
 
 
 def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
@@ -167,6 +175,60 @@ def orphans(n: int) -> tuple[int, str]:
     return left, f"{n} killed torchruns: {left} ranks left after 10 s, or steps lost"
 
 
+def lost_nodes(n: int) -> tuple[int, str]:
+    """Kill all processes of one node of two and cut its link; later start it again (needs root and iproute2)."""
+    flags = ["--out", "left", "--steps", 10**6, "--save_every", 20, "--resume", "--timeout", 10]
+    wrong, alone, back = 0, [], []
+    for _ in range(n):
+        shutil.rmtree("left", ignore_errors=True)
+        with linked_nodes(1e9) as (head, other):
+            launchers = [node.torchrun("1:2", "--max-restarts=3") for node in (head, other)]
+            Path("nodes.log").unlink(missing_ok=True)
+            staying, lost = (start(*flags, node=launcher) for launcher in launchers)
+            wait_for_step(staying, "left", 40)
+            for pid in (*workers(lost), lost.pid):
+                os.kill(pid, signal.SIGKILL)
+            other.ip("-n {name} link set link0 down")
+            lost.wait()
+            began = time.monotonic()
+            time.sleep(2)  # the steps that were being made
+            step = last_step("left")
+            wait_for_step(staying, "left", step + 1)
+            alone.append(time.monotonic() - began)
+            wrong += n_ranks() != 1
+
+            other.ip("-n {name} link set link0 up")
+            began = time.monotonic()
+            returned = start(*flags, node=launchers[1])
+            while staying.poll() is None and n_ranks() != 2:
+                time.sleep(0.1)
+            back.append(time.monotonic() - began)
+            step = last_step("left")
+            wait_for_step(staying, "left", step + 20)
+            for process in (staying, returned):
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+            wrong += newest("left")["step"] != last_step("left")
+    times = f"one node alone after {sorted(alone)[n // 2]:.0f} s, both again after {sorted(back)[n // 2]:.0f} s"
+    return wrong, f"{n} lost nodes: {times}"
+
+
+def flaky_links(n: int) -> tuple[int, str]:
+    """Train on two nodes whose link takes 50 ms and loses one packet of a hundred (needs root and iproute2)."""
+    start("--out", "near", "--steps", 10, torchrun=[]).communicate()
+    wrong = 0
+    for _ in range(n):
+        shutil.rmtree("far", ignore_errors=True)
+        with flaky_nodes(0.05, 0.01) as nodes:
+            ranks = [start("--out", "far", "--steps", 10, node=node.torchrun("2")) for node in nodes]
+            statuses = [rank.wait() for rank in ranks]
+        wrong += statuses != [0, 0] or not same(newest("far"), newest("near"))
+    return (
+        wrong,
+        f"{n} runs over a link that takes 50 ms and loses 1%: {n - wrong} ended with the bits of one without it",
+    )
+
+
 def prepares(n: int) -> tuple[int, str]:
     """kill -9 prepare.py at random instants: no data set, or a whole one."""
     Path("long.txt").write_text(Path("text.txt").read_text() * 200)
@@ -276,6 +338,8 @@ FAULTS = {
     "signal": (signals, 20),
     "rank": (killed_ranks, 3),
     "orphan": (orphans, 3),
+    "node": (lost_nodes, 3),
+    "link": (flaky_links, 3),
     "prepare": (prepares, 20),
     "fuzz": (fuzz, 2000),
 }

@@ -1,0 +1,113 @@
+"""Two nodes on one machine: network namespaces, joined by a link of a given speed, or by one that delays and loses
+packets. They need Linux, root and iproute2."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import random
+import select
+import struct
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from threading import Event, Thread
+
+CLONE_NEWNET, TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x40000000, 0x400454CA, 0x0001, 0x1000
+
+
+class Node:
+    """A network namespace with the address 10.99.0.1, the head, or 10.99.0.2, on a device called link0."""
+
+    def __init__(self, i: int):
+        self.name, self.i = f"node{i}", i
+        self.ip("netns add {name}")
+
+    def ip(self, command: str) -> None:
+        subprocess.run(["ip", *command.format(name=self.name, n=self.i + 1).split()], check=True)
+
+    def connect(self) -> None:
+        self.ip("-n {name} addr add 10.99.0.{n}/24 dev link0")
+        self.ip("-n {name} link set link0 up")
+        self.ip("-n {name} link set lo up")
+
+    def torchrun(self, nnodes: str, *flags: str) -> list[str]:
+        """The beginning of a command that starts one process here."""
+        launcher = f"{sys.executable} -m torch.distributed.run --nnodes={nnodes} --rdzv-backend=c10d --rdzv-id=nodes"
+        launcher += f" --rdzv-endpoint=10.99.0.1:29400 --rdzv-conf=is_host={self.i == 0},last_call_timeout=5"
+        launcher += f" --local-addr=10.99.0.{self.i + 1}"
+        return f"ip netns exec {self.name} env GLOO_SOCKET_IFNAME=link0 {launcher}".split() + list(flags)
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[tuple[Node, Node]]:
+    """Two nodes without a link, which are removed at the end."""
+    nodes = Node(0), Node(1)
+    try:
+        yield nodes
+    finally:
+        for node in nodes:
+            node.ip("netns del {name}")
+
+
+@contextlib.contextmanager
+def linked_nodes(bits_per_second: float) -> Iterator[tuple[Node, Node]]:
+    with two_nodes() as nodes:
+        nodes[0].ip("link add link0 netns node0 type veth peer name link0 netns node1")
+        for node in nodes:
+            node.connect()
+            limit = f"rate {bits_per_second:.0f}bit burst 256kb latency 50ms"
+            node.ip("netns exec {name} tc qdisc add dev link0 root tbf " + limit)
+        yield nodes
+
+
+@contextlib.contextmanager
+def flaky_nodes(delay: float, loss: float) -> Iterator[tuple[Node, Node]]:
+    """Two nodes whose packets arrive `delay` seconds later; a share `loss` of them does not arrive."""
+    with two_nodes() as nodes:
+        tunnels, stop = [tunnel(node) for node in nodes], Event()
+        carrier = Thread(target=carry, args=(tunnels, delay, loss, stop))
+        carrier.start()
+        try:
+            for node in nodes:
+                node.connect()
+            yield nodes
+        finally:
+            stop.set()
+            carrier.join()
+            for end in tunnels:
+                os.close(end)
+
+
+def tunnel(node: Node) -> int:
+    """Create link0 in a node as a device whose packets this process reads and writes."""
+    opened = []
+
+    def enter_and_open() -> None:  # in a thread of its own, which alone moves into the namespace
+        with open(f"/var/run/netns/{node.name}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+        opened.append(os.open("/dev/net/tun", os.O_RDWR))
+        fcntl.ioctl(opened[0], TUNSETIFF, struct.pack("16sH14x", b"link0", IFF_TUN | IFF_NO_PI))
+
+    thread = Thread(target=enter_and_open)
+    thread.start()
+    thread.join()
+    return opened[0]
+
+
+def carry(tunnels: list[int], delay: float, loss: float, stop: Event) -> None:
+    """Carry packets from each end to the other."""
+    under_way = deque()  # (time of arrival, end, packet), the next to arrive first
+    while not stop.is_set():
+        pause = max(0.0, under_way[0][0] - time.monotonic()) if under_way else 0.1
+        for end in select.select(tunnels, [], [], pause)[0]:
+            packet = os.read(end, 2**16)
+            if random.random() >= loss:
+                under_way.append((time.monotonic() + delay, tunnels[1 - tunnels.index(end)], packet))
+        while under_way and under_way[0][0] <= time.monotonic():
+            _, end, packet = under_way.popleft()
+            with contextlib.suppress(OSError):  # the device is down
+                os.write(end, packet)
