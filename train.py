@@ -23,6 +23,7 @@ Read train() first; what it calls follows in the order of its calls.
 import argparse
 import contextlib
 import gc
+import hashlib
 import inspect
 import json
 import math
@@ -42,7 +43,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import BinaryIO, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import tiktoken
@@ -165,7 +166,6 @@ def train(given: dict, resume: bool) -> None:
     parallel = model  # averages gradients over the ranks: the DDP wrapper, or the model itself under FSDP2
     if world > 1 and config.shard == 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    forward = torch.compile(parallel) if config.compile else parallel
     # Matrix products in the run's dtype; weights and sums stay in float32.
     autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
     optimizers = make_optimizers(model, config)
@@ -193,7 +193,7 @@ def train(given: dict, resume: bool) -> None:
             inputs, targets, documents = tensors(train_data.get(chosen), device)
             sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
             with autocast:
-                micro_loss = forward(inputs, targets, documents) * (train_data.count(chosen) * world / n_targets)
+                micro_loss = parallel(inputs, targets, documents) * (train_data.count(chosen) * world / n_targets)
             micro_loss.backward()
             loss += micro_loss.detach()
         grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
@@ -229,7 +229,7 @@ def train(given: dict, resume: bool) -> None:
     tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
     text, is_chat = None, isinstance(val_data, Conversations)
     if step == config.steps:
-        with autocast:
+        with autocast, torch.compiler.set_stance("force_eager"):
             text = dialogues(model, tokenizer, val_data) if is_chat else sample(model, tokenizer, config.seed)
     log.end(step, text, "--chat" if is_chat else "--interactive")
 
@@ -442,9 +442,11 @@ def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]
     --shard no other rank ever holds the whole model."""
     with torch.device("meta"):
         model = GPT(config)
-    if config.recompute:
-        for block in model.blocks:
+    for block in model.blocks:
+        if config.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:  # one graph serves all blocks; what FSDP2 does before and after each stays outside
+            block.forward = torch.compile(block.forward)
     if config.shard > 1:
         ranks = torch.arange(dist.get_world_size()).view(-1, config.shard)
         timeout = timedelta(seconds=config.timeout)
@@ -580,7 +582,8 @@ def evaluate(model: GPT, data: Windows, config: Config, device: torch.device, au
     training continues as if there had been no evaluation."""
     n = min(data.n_windows, max(1, config.eval_tokens // config.seq_len))
     chosen = np.linspace(0, data.n_windows, n, endpoint=False).astype(np.int64)
-    share = math.ceil(n / dist.get_world_size())  # per rank; the last ranks repeat a window, which is not counted
+    # Whole micro-batches per rank, for which one compiled graph is enough. The last windows repeat and do not count.
+    share = math.ceil(n / dist.get_world_size() / config.micro_batch) * config.micro_batch
     mine = dist.get_rank() * share + np.arange(share)
     indices, counted = chosen[np.minimum(mine, n - 1)], torch.from_numpy(mine < n)
     model.eval()
@@ -605,14 +608,27 @@ def tensors(arrays: tuple, device: torch.device) -> list[Tensor | None]:
     return [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
 
 
+class HashedFile:
+    """Writes to a file, and computes the SHA-256 of what it writes, so that no one has to read it again."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256, self.flush = file, hashlib.sha256(), file.flush
+
+    def write(self, data: memoryview) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+
 def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: float | None = None) -> None:
     """Write step-N.pt under a temporary name, rename it, then write step-N.json, which makes it valid, and best.json if
     it has the best validation loss so far. Old checkpoints are deleted last, so that at every instant the newest intact
     one is on disk."""
     path = run / f"step-{step:08d}.pt"
     with prepare.written_whole(path) as file:
-        torch.save(state, file)
-    record = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": prepare.sha256_of(path)}
+        hashed = HashedFile(file)
+        torch.save(state, hashed)
+    digest = hashed.sha256.hexdigest()
+    record = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": digest}
     prepare.write_json(path.with_suffix(".json"), record)
     if best_loss is not None:
         prepare.write_json(run / "best.json", {**record, "val_loss": best_loss})
@@ -649,10 +665,11 @@ class Saver:
         if config.tied:
             weights.pop("head.weight", None)
         optimizer = dcp.get_optimizer_state_dict(model, optimizers, options=TO_RANK_0).get("state", {})
-        moments = {f"{name}.{key}": tensor for name, state in optimizer.items() for key, tensor in state.items()}
-        for tensors in (weights, moments):
-            for name in tensors:  # on a CPU they are the live tensors, which the next step changes
-                tensors[name] = tensors[name].clone()
+        moments = {f"{name}.{key}": state.pop(key) for name, state in optimizer.items() for key in list(state)}
+        if model.embedding.weight.device.type == "cpu":  # these are the live tensors, which the next step changes
+            for tensors in (weights, moments):
+                for name in tensors:  # one by one: each copy takes the place of what FSDP2 gathered
+                    tensors[name] = tensors[name].clone()
         if dist.get_rank() == 0:
             state = {"step": step, "config": config.chosen(), "model": weights, "optimizer": moments}
             state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
@@ -736,6 +753,8 @@ class Log(Console):
             loads = torch.stack([layer.load for layer in layers])
             row["expert_load"] = (torch.tensor(sum_over_ranks(*loads.flatten())).view_as(loads) / world).tolist()
         text = f"step {step:5,}/{self.config.steps:,}  loss {mean_loss:.4f}  {speed:9,.0f} tokens/s"
+        if self.config.compile and last_step == self.first[0]:
+            text += f"  (compiled in {now - last_time:.0f} s)"
         if self.peak:
             row["mfu"] = speed * self.model.flops_per_token() / (self.peak * world)
             text += f"  {row['mfu']:4.0%} of peak"
@@ -895,7 +914,7 @@ def describe_ranks(device: torch.device) -> str:
             dist.all_reduce(tensor)
             float(tensor[0])  # waits for the device
         moved = 2 * (len(hosts) - 1) / len(hosts) * tensor.nbytes  # sent and received by each rank
-        text += f", all-reduce at {moved / (time.perf_counter() - start) / 1e9:.2f} GB/s"
+        text += f", all-reduce at {moved / (time.perf_counter() - start) / 1e9:.3g} GB/s"
     return text
 
 
@@ -1009,6 +1028,7 @@ def launch(work: Callable, given: dict, *more) -> None:
 
 
 def main() -> None:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: fewer page faults on Linux
     prepare.tolerate_streams()
     if "--plan" in sys.argv:
         import plan
