@@ -74,11 +74,12 @@ class GPTConfig:
     embedding_scale: float = 1.0  # multiplies token embeddings
     logit_scale: float = 1.0  # multiplies logits
     tied: bool = False  # use the token embedding as the output matrix
+    ngram_rows: int | None = None  # rows of the tables of embeddings of the last two and three tokens (default: none)
     dropout: float = 0.0  # fraction of activations set to zero in training
 
     RANGES = {  # noqa: RUF012 - smallest and largest legal value of each number
         **dict.fromkeys(("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head"), (1, HUGE)),
-        **dict.fromkeys(("n_embd", "head_dim", "n_inner", "n_expert", "n_expert_active"), (1, HUGE)),
+        **dict.fromkeys(("n_embd", "head_dim", "n_inner", "n_expert", "n_expert_active", "ngram_rows"), (1, HUGE)),
         **dict.fromkeys(("balance_loss", "router_z_loss"), (0, HUGE)),
         **dict.fromkeys(("norm_eps", "rope_base", "attention_cap", "embedding_scale", "logit_scale"), (1e-30, HUGE)),
         "dropout": (0, 0.99),
@@ -153,7 +154,30 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class LearnedPositions(nn.Embedding):
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Left to GPT.init_weights. On the meta device, torch's own would import its compiler, which takes a second."""
+
+
+class NgramEmbedding(nn.Module):
+    """Adds embeddings of the last two and of the last three tokens to x [B, T, C], so that the first block already sees
+    them (Huang et al., 2025). Their rows are hashes, and different n-grams may share one. Tables cost no products."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.tables = nn.ModuleList(Embedding(config.ngram_rows, config.n_embd) for _ in (2, 3))
+
+    def forward(self, x: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """`tokens` end with those of x, and may begin with earlier ones. Before position 0 there is none."""
+        T, key = x.size(1), tokens[:, -x.size(1) :]
+        for n, table in enumerate(self.tables, start=1):
+            earlier = F.pad(tokens, (n, 0))[:, -T - n : -n]  # [B, T], n tokens back
+            key = key * 0x9E3779B1 + torch.where(positions >= n, earlier + 1, 0)  # wraps around
+            x = x + table((key ^ key >> 15) % table.num_embeddings)
+        return x
+
+
+class LearnedPositions(Embedding):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return x + super().forward(positions)
 
@@ -165,8 +189,13 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head, config.seq_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)  # uses physical memory only as it fills
         self.values = torch.empty_like(self.keys)
-        self.length = 0  # positions filled; GPT.forward advances it after all layers have appended
-        self.tokens = torch.empty(batch_size, 0, dtype=torch.long, device=device)  # in these positions, see generate()
+        # Those of the filled positions. GPT.forward adds to them after all layers have appended.
+        self.tokens = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+
+    @property
+    def length(self) -> int:
+        """The number of positions filled."""
+        return self.tokens.size(1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, K, T, D] after the entries of `layer`, and return all its keys and values [B, K, .., D]."""
@@ -303,7 +332,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = Embedding(config.vocab_size, config.n_embd)
+        self.ngrams = NgramEmbedding(config) if config.ngram_rows else unchanged
         learned = config.position == "learned"
         self.positions = LearnedPositions(config.seq_len, config.n_embd) if learned else unchanged
         self.angles = unchanged if learned else partial(rotary_angles, config=config)
@@ -312,7 +342,8 @@ class GPT(nn.Module):
         self.norm = make_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_head()
-        self.init_weights()
+        if not self.head.weight.is_meta:
+            self.init_weights()
 
     def tie_head(self) -> None:
         """Make a tied head share the embedding's weights. Needed again after a move that creates new parameters."""
@@ -326,7 +357,7 @@ class GPT(nn.Module):
         # Blocks add the output of these to x. At zero they add nothing.
         zeroed = ("post_norm.weight",) if self.config.post_norm else (".out.weight", ".down.weight")
         for name, weight in self.named_parameters():  # lists a tied head as the embedding
-            if name.endswith(("bias", "head.weight", *zeroed)):
+            if name.endswith(("bias", "head.weight", *zeroed)) or name.startswith("ngrams"):
                 weight.zero_()
             elif weight.ndim == 1:  # the other norms start as plain normalisation
                 weight.fill_(1.0)
@@ -357,12 +388,14 @@ class GPT(nn.Module):
             mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # [B, 1, T, T]
         elif start > 0 and T > 1:
             mask = torch.ones(T, end, dtype=torch.bool, device=tokens.device).tril(start)
-        x = self.dropout(self.positions(self.embedding(tokens) * self.config.embedding_scale, t))
+        so_far = tokens if cache is None else torch.cat((cache.tokens, tokens), dim=1)
+        x = self.ngrams(self.embedding(tokens) * self.config.embedding_scale, so_far, t)
+        x = self.dropout(self.positions(x, t))
         angles = self.angles(t)
         for block in self.blocks:
             x = block(x, angles, mask, cache)
         if cache is not None:
-            cache.length = end
+            cache.tokens = so_far
         logits = self.head(self.norm(x[:, -1:] if only_last else x)) * self.config.logit_scale
         if targets is None:
             return logits
@@ -423,16 +456,15 @@ def generate(
     S = model.config.seq_len
     cache = cache or KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
     n = min(cache.length, tokens.size(1) - 1)  # at least the last token is computed, for its logits
-    cache.length = int((cache.tokens[:, :n] == tokens[:, :n]).all(0).cumprod(0).sum())
-    unseen = tokens[:, cache.length :]  # the prompt at first, later the newest token alone
-    cache.tokens = tokens
+    n_common = int((cache.tokens[:, :n] == tokens[:, :n]).all(0).cumprod(0).sum())
+    cache.tokens = cache.tokens[:, :n_common]
+    unseen = tokens[:, n_common:]  # the prompt at first, later the newest token alone
     while True:
         if cache.length + unseen.size(1) > S:
-            unseen = tokens = cache.tokens = tokens[:, -max(1, S // 2) :]
-            cache.length = 0
+            unseen = torch.cat((cache.tokens, unseen), dim=1)[:, -max(1, S // 2) :]
+            cache.tokens = cache.tokens[:, :0]
         logits = model(unseen, cache=cache, only_last=True)[:, -1, :n_vocab]
         unseen = sample_next(logits, **options)[:, None]
-        tokens = cache.tokens = torch.cat((tokens, unseen), dim=1)
         yield unseen[:, 0]
 
 

@@ -20,9 +20,13 @@ for several nodes, for restarts after faults, and for Slurm.
 Read train() first; what it calls follows in the order of its calls.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until training begins: a search for garbage among what torch imports takes half a second
+
 import argparse
 import contextlib
-import gc
 import hashlib
 import inspect
 import json
@@ -49,7 +53,6 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -177,10 +180,12 @@ def train(given: dict, resume: bool) -> None:
 
     log = Log(config, model, step, peak_flops(device, config.dtype), started)
     log.header(train_data, val_data, machine)
-    saver, stop_requested = Saver(config, meta, log), watch_for_stop(parent)
+    saver, stop_requested = Saver(config, meta, log, model, optimizers), watch_for_stop(parent)
     best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
     rows = config.batch_tokens // config.seq_len // world  # sequences per rank in a step
     skipped, stopping = 0, False
+    gc.freeze()  # what has been imported is no garbage
+    gc.enable()
 
     while step < config.stop_at and not stopping:
         # One optimizer step. Its batch and its dropout depend on the seed and the step number, and on nothing else.
@@ -222,14 +227,16 @@ def train(given: dict, resume: bool) -> None:
             log.evaluation(step, val_loss, val_error, meta)
             is_best, best_loss = val_loss < best_loss, min(val_loss, best_loss)
         if step % config.save_every == 0 or is_last or is_best:
-            saver.save(step, model, optimizers, best_loss if is_best else None)
+            saver.save(step, best_loss if is_best else None)
 
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
     tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
     text, is_chat = None, isinstance(val_data, Conversations)
     if step == config.steps:
-        with autocast, torch.compiler.set_stance("force_eager"):
+        # The steps of sampling have a shape each, too many to compile.
+        uncompiled = torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
+        with autocast, uncompiled:
             text = dialogues(model, tokenizer, val_data) if is_chat else sample(model, tokenizer, config.seed)
     log.end(step, text, "--chat" if is_chat else "--interactive")
 
@@ -433,9 +440,6 @@ def windows_of(
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and optimizers
 
-FROM_RANK_0 = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-TO_RANK_0 = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
 
 def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]) -> GPT:
     """The model on its device. Only rank 0 has the weights: it sends each rank the part that it needs, so that with
@@ -448,20 +452,28 @@ def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]
         if config.compile:  # one graph serves all blocks; what FSDP2 does before and after each stays outside
             block.forward = torch.compile(block.forward)
     if config.shard > 1:
-        ranks = torch.arange(dist.get_world_size()).view(-1, config.shard)
-        timeout = timedelta(seconds=config.timeout)
-        # Columns of `ranks` hold the same shard, rows share one copy.
-        columns, rows = (dist.new_subgroups_by_enumeration(r.tolist(), timeout)[0] for r in (ranks.T, ranks))
-        mesh = DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
-        param_dtype = getattr(torch, config.dtype)  # autocast's copies would keep whole weights until the backward pass
-        policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh)
+        shard_model(model, config, device)
     model.to_empty(device=device)
     model.tie_head()
-    dcp.set_model_state_dict(model, weights, options=FROM_RANK_0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(received(weights.get(name), parameter))
     return model
+
+
+def shard_model(model: GPT, config: Config, device: torch.device) -> None:
+    """Let groups of `shard` ranks share a copy of the model: each keeps a part of every tensor, and a block's parts are
+    gathered while it is computed (FSDP2)."""
+    ranks = torch.arange(dist.get_world_size()).view(-1, config.shard)
+    timeout = timedelta(seconds=config.timeout)
+    # Columns of `ranks` hold the same shard, rows share one copy.
+    columns, rows = (dist.new_subgroups_by_enumeration(r.tolist(), timeout)[0] for r in (ranks.T, ranks))
+    mesh = DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
+    param_dtype = getattr(torch, config.dtype)  # autocast's copies would keep whole weights until the backward pass
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
 
 
 def sync_gradients(parallel: nn.Module, now: bool) -> None:
@@ -474,8 +486,26 @@ def sync_gradients(parallel: nn.Module, now: bool) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, if each rank holds a shard of it."""
+    """The full tensor, if each rank holds a part of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a full tensor, if `like` is divided."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return full
+
+
+def received(full: Tensor | None, like: Tensor) -> Tensor:
+    """Rank 0 sends `full`, a tensor of the shape and dtype of `like`. Returns each rank's part of it."""
+    if full is None:
+        full = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    else:
+        full = full.to(like.device, copy=True)
+    if dist.get_world_size() > 1:
+        dist.broadcast(full, src=0)
+    return part(full, like)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -526,10 +556,8 @@ class Muon(torch.optim.Muon):
                 update = updates[i // world] if i % world == rank else received
                 if world > 1:  # a single rank may be on a device without a backend, such as mps
                     dist.broadcast(update, src=i % world)
-                if isinstance(matrix, DTensor):
-                    update = distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                matrix.add_(part(update, matrix), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
 def muon_matrices(model: GPT, config: Config) -> list[Tensor]:
@@ -552,16 +580,15 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
 
 def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
-    """Load the optimizer state that rank 0 has read, on all ranks."""
-    nested = {}
-    if dist.get_rank() == 0:
-        saved = defaultdict(dict)
-        for name, tensor in state["optimizer"].items():
-            parameter, _, key = name.rpartition(".")
-            saved[parameter][key] = tensor.clone()
-        # Groups without hyperparameters keep those of the command line.
-        nested = {"state": dict(saved), "param_groups": [{"params": list(saved)}]}
-    dcp.set_optimizer_state_dict(model, optimizers, nested, options=FROM_RANK_0)
+    """Load the optimizer state that rank 0 has read, on all ranks. Hyperparameters stay those of the command line."""
+    saved = state["optimizer"] if state else {}
+    parameters = dict(model.named_parameters())
+    states = {p: optimizer.state[p] for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
+    for name, ndim in from_rank_0([(name, tensor.ndim) for name, tensor in saved.items()]):
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        like = parameter if ndim else torch.zeros((), device=parameter.device)  # AdamW counts its steps
+        states[parameter][key] = received(saved.get(name), like)
 
 
 def lr_at(step: int, config: Config) -> float:
@@ -608,6 +635,17 @@ def tensors(arrays: tuple, device: torch.device) -> list[Tensor | None]:
     return [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
 
 
+@torch.no_grad()
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the main memory of rank 0, whole, made one by one; nothing on other ranks, which take part."""
+    copies = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if dist.get_rank() == 0:
+            copies[name] = full.to("cpu", copy=True)
+    return copies
+
+
 class HashedFile:
     """Writes to a file, and computes the SHA-256 of what it writes, so that no one has to read it again."""
 
@@ -651,25 +689,24 @@ def read_best(run: Path) -> dict:
 class Saver:
     """Writes checkpoints in order, in a background thread of rank 0, while training continues."""
 
-    def __init__(self, config: Config, meta: dict, log: "Log"):
-        self.config, self.meta, self.log = config, meta, log
+    def __init__(self, config: Config, meta: dict, log: "Log", model: GPT, optimizers: list[torch.optim.Optimizer]):
+        self.config, self.meta, self.log, self.optimizers = config, meta, log, optimizers
+        self.weights = dict(model.named_parameters())  # later FSDP2 may have gathered some in their place
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
-    def save(self, step: int, model: GPT, optimizers: list, best_loss: float | None = None) -> None:
+    def save(self, step: int, best_loss: float | None = None) -> None:
         """Save the state after `step` steps; `best_loss` marks it as the best. Training waits only for the previous
         save and for a copy of the state on rank 0."""
         start, config = time.monotonic(), self.config
         if problem := self.wait():
             self.log.line(f"{problem}; trying again")
-        weights = dcp.get_model_state_dict(model, options=TO_RANK_0)
-        if config.tied:
-            weights.pop("head.weight", None)
-        optimizer = dcp.get_optimizer_state_dict(model, optimizers, options=TO_RANK_0).get("state", {})
-        moments = {f"{name}.{key}": state.pop(key) for name, state in optimizer.items() for key in list(state)}
-        if model.embedding.weight.device.type == "cpu":  # these are the live tensors, which the next step changes
-            for tensors in (weights, moments):
-                for name in tensors:  # one by one: each copy takes the place of what FSDP2 gathered
-                    tensors[name] = tensors[name].clone()
+        moments = {
+            f"{name}.{key}": tensor
+            for optimizer in self.optimizers
+            for name, parameter in self.weights.items()
+            for key, tensor in optimizer.state.get(parameter, {}).items()
+        }
+        weights, moments = gathered(self.weights), gathered(moments)
         if dist.get_rank() == 0:
             state = {"step": step, "config": config.chosen(), "model": weights, "optimizer": moments}
             state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
@@ -1045,4 +1082,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    gc.freeze()  # skips a search through all of torch for garbage, which would delay the exit

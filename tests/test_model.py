@@ -18,6 +18,7 @@ from model import GPT, GPTConfig, KVCache, generate, rotary_angles, rotate, samp
 SHAPE = {"vocab_size": 61, "seq_len": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
 KINDS = {
     "today": dict(SHAPE, n_kv_head=2),
+    "ngrams": dict(SHAPE, ngram_rows=50),
     "tied": dict(SHAPE, tied=True, head_dim=6, n_inner=50),
     "gpt2": {**models.PRESETS["gpt2"], **SHAPE},
     "mixtral": {**models.PRESETS["mixtral-8x7b"], **SHAPE, "n_kv_head": 2, "n_inner": 24},

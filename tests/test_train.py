@@ -401,8 +401,8 @@ def test_what_is_saved_is_a_copy_of_the_weights_and_of_the_optimizer_state(alone
     saved = []
     monkeypatch.setattr(train, "save_checkpoint", lambda run, step, state, *more: saved.append(state))
     log = train.Log(train.Config(out=str(tmp_path)), model, 0, None, 0.0)
-    saver = train.Saver(config, {"tokenizer": {}, "train": {"shards": []}}, log)
-    saver.save(1, model, optimizers)
+    saver = train.Saver(config, {"tokenizer": {}, "train": {"shards": []}}, log, model, optimizers)
+    saver.save(1)
     saver.wait()
     copies = [t.data_ptr() for kind in ("model", "optimizer") for t in saved[0][kind].values()]
     assert len(live) > 20 and len(copies) > 20 and not live & set(copies)
