@@ -15,7 +15,14 @@ A run is a folder with config.json, metrics.jsonl and checkpoints. Ctrl-C stops 
 Apart from weights and optimizer state, the step number is a run's only state: the batch and the dropout of a step
 depend on the seed and the step alone, so that a resumed run gives the same bits as one that was never stopped. Several
 processes train one model on the same batches, and any number of them can resume any run. The README has the commands
-for several nodes, for restarts after faults, and for Slurm.
+for several nodes and for restarts after faults; these start two nodes of eight GPUs under Slurm, with five minutes to
+save before the job ends:
+
+    #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 --signal=USR1@300
+    HOST=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)
+    srun --cpus-per-task=64 torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29400 \\
+        --rdzv-id=$SLURM_JOB_ID --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=280 \\
+        train.py --preset gpt2 --out runs/big --resume
 
 Read train() first; what it calls follows in the order of its calls.
 """

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import statistics
@@ -42,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 import plan as plan_file
 import prepare
 import train
-from model import GPT, PRESETS, GPTConfig, generate
+from model import GPT, PRESETS, GPTConfig, generate, read_checkpoint
 
 QUIET = shlex.split("--eval_every 1000000 --eval_tokens 128 --save_every 1000000 --log_every 10")
 DENSE = shlex.split("--n_expert 1 --n_expert_active 1 --n_inner 384")  # grok-toy with one expert, of the active size
@@ -361,6 +362,22 @@ def saves(nano) -> tuple[str, str, str]:
     return "", told, f"saving every {seconds / len(stalls):.0f} s; target: 1%"
 
 
+def checkpoint(nano) -> tuple[str, str, str]:
+    """Saving and reading a checkpoint of 4.3 GB"""
+    state = dict.fromkeys(("config", "optimizer", "tokenizer", "data"), {}) | {"step": 1}
+    state["model"] = {f"layer {i}": torch.ones(2**24) for i in range(64)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        times = [time.monotonic()]
+        train.save_checkpoint(Path(folder), 1, state, keep=1)
+        times.append(time.monotonic())
+        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        read_checkpoint(Path(folder, "step-00000001.json"))
+        times.append(time.monotonic())
+    saved, read = times[1] - times[0], times[2] - times[1]
+    return "", f"saved in {saved:.1f} s, read and verified in {read:.1f} s", f"{more / 1e3:.0f} MB of memory to save"
+
+
 ROWS = {
     row.__name__: row
     for row in (
@@ -375,6 +392,7 @@ ROWS = {
         network,
         experts,
         saves,
+        checkpoint,
         plan,
         shakespeare,
     )

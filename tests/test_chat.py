@@ -281,7 +281,7 @@ def test_the_loss_of_a_packed_row_is_that_of_its_conversations_alone(position, c
 
 
 def test_a_document_mask_gives_each_document_the_logits_that_it_has_alone():
-    rng, model = np.random.default_rng(3), wild_model(seq_len=40)
+    rng, model = np.random.default_rng(3), wild_model(seq_len=40, ngram_rows=64)
     tokens = rng.integers(0, 256, 121).astype(np.uint16)
     tokens[[5, 30, 31, 77, 90]] = BYTE.eot_token
     inputs, _, documents = map(torch.from_numpy, prepare.Windows([tokens], 40, BYTE.eot_token).get(np.arange(3)))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import model as models
 import published
-from model import GPT, GPTConfig, KVCache, generate, rotary_angles, rotate, sample_next
+from model import GPT, GPTConfig, KVCache, NgramEmbedding, generate, rotary_angles, rotate, sample_next
 
 SHAPE = {"vocab_size": 61, "seq_len": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
 KINDS = {
@@ -339,6 +339,21 @@ def test_a_block_of_today_computes_its_equations():
     expected = expected + (gate * torch.sigmoid(gate) * (h @ block.mlp.up.weight.T)) @ block.mlp.down.weight.T
     actual = block(x, rotary_angles(torch.arange(T)[None], model.config), None, None)[0]
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ngram_embeddings_tell_the_last_three_tokens_and_nothing_else():
+    """Table by table: the first tells the last two apart, both together the last three."""
+    ngrams = NgramEmbedding(GPTConfig(**SHAPE, ngram_rows=10_000))
+    for table in ngrams.tables:
+        torch.nn.init.normal_(table.weight)
+    tokens = torch.randint(3, (1, 100), generator=torch.Generator().manual_seed(1))
+    for n, tables in ((3, ngrams.tables), (2, ngrams.tables[:1])):
+        ngrams.tables = tables
+        added = ngrams(torch.zeros(1, 100, 32), tokens, torch.arange(100)[None])[0]
+        seen = [tuple(tokens[0, max(0, t - n + 1) : t + 1].tolist()) for t in range(100)]
+        for one in range(100):
+            for other in range(one):
+                assert torch.equal(added[one], added[other]) == (seen[one] == seen[other])
 
 
 def test_dropout_acts_in_training_only():
