@@ -15,6 +15,7 @@
 The last column is the drop in validation loss, in nats per token, when the change is added to a small model trained on
 1.1 million tokens (tests/ablation.py). In runs this short only positions, the head and Muon stand out from the noise
 between seeds. The defaults of GPTConfig are today's column, except that each query head has its own key and value.
+One switch goes beyond both columns: with ngram_rows, the last two and three tokens have embeddings of their own.
 
 Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, S maximum
 sequence length, E experts, V vocabulary. Switches are resolved when the model is built, so that each forward reads like
@@ -483,7 +484,8 @@ GROK = dict(norm_eps=1e-5, qk_norm=False, activation="gelu_tanh", n_expert=8, re
 PRESETS: dict[str, dict] = {
     "toy": dict(n_kv_head=2),
     "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
-    "shakespeare-quick": dict(seq_len=64, n_head=2, n_kv_head=1, n_embd=64, n_inner=128),
+    "shakespeare-quick": dict(seq_len=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=64, n_inner=128, ngram_rows=16384),
+    "shakespeare-a100": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
     "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),

@@ -150,7 +150,8 @@ SHAKESPEARE = {"data": "data/shakespeare"}
 RECIPES: dict[str, dict] = {
     "toy": {},
     "grok-toy": {},
-    "shakespeare-quick": dict(SHAKESPEARE, batch_tokens=1536, micro_batch=24, steps=180, lr=1.6e-2, decay=0.7),
+    "shakespeare-quick": dict(SHAKESPEARE, batch_tokens=1536, micro_batch=24, steps=80, lr=3.2e-2, decay=0.7),
+    "shakespeare-a100": dict(SHAKESPEARE, steps=400, decay=0.8),  # to what nanoGPT reaches on an A100
     "shakespeare": dict(SHAKESPEARE, batch_tokens=8192, steps=480, weight_decay=0.4),
     "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=16),
 }
