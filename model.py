@@ -162,14 +162,15 @@ class Embedding(nn.Embedding):
 
 class NgramEmbedding(nn.Module):
     """Adds embeddings of the last two and of the last three tokens to x [B, T, C], so that the first block already sees
-    them (Huang et al., 2025). Their rows are hashes, and different n-grams may share one. Tables cost no products."""
+    them (Huang et al., 2025). The row of an n-gram is a hash of its tokens, so that different ones may share a row. A
+    look-up costs no matrix product."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.tables = nn.ModuleList(Embedding(config.ngram_rows, config.n_embd) for _ in (2, 3))
 
     def forward(self, x: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """`tokens` end with those of x, and may begin with earlier ones. Before position 0 there is none."""
+        """`tokens` end with those of x, and may begin with earlier ones. Those before position 0 count as missing."""
         T, key = x.size(1), tokens[:, -x.size(1) :]
         for n, table in enumerate(self.tables, start=1):
             earlier = F.pad(tokens, (n, 0))[:, -T - n : -n]  # [B, T], n tokens back
@@ -485,7 +486,6 @@ PRESETS: dict[str, dict] = {
     "toy": dict(n_kv_head=2),
     "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
     "shakespeare-quick": dict(seq_len=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=64, n_inner=128, ngram_rows=16384),
-    "shakespeare-a100": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
     "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),

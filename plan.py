@@ -75,7 +75,7 @@ def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
     copies = 2 * size * block if shard > 1 else size * n if config.dtype != "float32" else 0
     activations = size * tokens * activations_per_token(config)
     logits = (8 + size) * tokens * config.vocab_size  # logits, their softmax, their gradient
-    if config.recompute:  # the blocks' inputs in float32; and all of a single block, when the logits are gone
+    if config.recompute:  # the blocks' inputs, and what one block needs beyond the space of the logits, free by then
         activations = 4 * tokens * config.n_layer * config.n_embd + max(0, activations / config.n_layer - logits)
     return {
         "weights": 4 * n / shard + copies,

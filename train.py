@@ -151,7 +151,6 @@ RECIPES: dict[str, dict] = {
     "toy": {},
     "grok-toy": {},
     "shakespeare-quick": dict(SHAKESPEARE, batch_tokens=1536, micro_batch=24, steps=80, lr=3.2e-2, decay=0.7),
-    "shakespeare-a100": dict(SHAKESPEARE, steps=400, decay=0.8),  # to what nanoGPT reaches on an A100
     "shakespeare": dict(SHAKESPEARE, batch_tokens=8192, steps=480, weight_decay=0.4),
     "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=16),
 }
@@ -192,7 +191,6 @@ def train(given: dict, resume: bool) -> None:
     best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
     rows = config.batch_tokens // config.seq_len // world  # sequences per rank in a step
     skipped, stopping = 0, False
-    gc.freeze()  # what has been imported is no garbage
     gc.enable()
 
     while step < config.stop_at and not stopping:
@@ -457,7 +455,7 @@ def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]
     for block in model.blocks:
         if config.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if config.compile:  # one graph serves all blocks; what FSDP2 does before and after each stays outside
+        if config.compile:  # one graph serves all dense blocks; FSDP2's work around each stays outside
             block.forward = torch.compile(block.forward)
     if config.shard > 1:
         shard_model(model, config, device)
@@ -465,7 +463,7 @@ def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]
     model.tie_head()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(received(weights.get(name), parameter))
+            parameter.copy_(from_rank_0_like(parameter, weights.get(name)))
     return model
 
 
@@ -505,15 +503,15 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     return full
 
 
-def received(full: Tensor | None, like: Tensor) -> Tensor:
-    """Rank 0 sends `full`, a tensor of the shape and dtype of `like`. Returns each rank's part of it."""
-    if full is None:
-        full = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+def from_rank_0_like(tensor: Tensor, full: Tensor | None) -> Tensor:
+    """Rank 0 sends `full`, a tensor of the shape of `tensor`, in its dtype. Returns each rank's part of it."""
+    if dist.get_rank() == 0:
+        full = full.to(tensor.device, tensor.dtype, copy=True)
     else:
-        full = full.to(like.device, copy=True)
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if dist.get_world_size() > 1:
         dist.broadcast(full, src=0)
-    return part(full, like)
+    return part(full, tensor)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -596,7 +594,7 @@ def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], stat
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
         like = parameter if ndim else torch.zeros((), device=parameter.device)  # AdamW counts its steps
-        states[parameter][key] = received(saved.get(name), like)
+        states[parameter][key] = from_rank_0_like(like, saved.get(name))
 
 
 def lr_at(step: int, config: Config) -> float:
@@ -699,7 +697,9 @@ class Saver:
 
     def __init__(self, config: Config, meta: dict, log: "Log", model: GPT, optimizers: list[torch.optim.Optimizer]):
         self.config, self.meta, self.log, self.optimizers = config, meta, log, optimizers
-        self.weights = dict(model.named_parameters())  # later FSDP2 may have gathered some in their place
+        self.weights = dict(
+            model.named_parameters()
+        )  # now, since a forward pass of FSDP2 puts whole ones in their place
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def save(self, step: int, best_loss: float | None = None) -> None:
@@ -1089,4 +1089,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what has been imported is no garbage
     main()

@@ -23,7 +23,6 @@ class Node:
 
     def __init__(self, i: int):
         self.name, self.i = f"node{i}", i
-        self.ip("netns add {name}")
 
     def ip(self, command: str) -> None:
         subprocess.run(["ip", *command.format(name=self.name, n=self.i + 1).split()], check=True)
@@ -45,11 +44,11 @@ class Node:
 def two_nodes() -> Iterator[tuple[Node, Node]]:
     """Two nodes without a link, which are removed at the end."""
     nodes = Node(0), Node(1)
-    try:
-        yield nodes
-    finally:
+    with contextlib.ExitStack() as created:
         for node in nodes:
-            node.ip("netns del {name}")
+            node.ip("netns add {name}")
+            created.callback(node.ip, "netns del {name}")
+        yield nodes
 
 
 @contextlib.contextmanager
