@@ -408,6 +408,12 @@ def test_what_is_saved_is_a_copy_of_the_weights_and_of_the_optimizer_state(alone
     assert len(live) > 20 and len(copies) > 20 and not live & set(copies)
 
 
+def test_weights_of_half_precision_travel_in_the_dtype_of_the_parameters(alone):
+    """The other ranks wait for numbers of that size."""
+    sent = train.from_rank_0_like(torch.zeros(3), torch.full((3,), 1.5, dtype=torch.bfloat16))
+    assert sent.dtype == torch.float32 and sent.tolist() == [1.5] * 3
+
+
 def test_the_newest_run_is_the_one_that_was_saved_last(tmp_path):
     for age, name in enumerate(("b", "c", "a")):
         (tmp_path / name).mkdir()
