@@ -1,4 +1,4 @@
-"""What each step from GPT-2 to today's model bought, at equal tokens: the table in the README.
+"""What each step from GPT-2 to today's model bought, at equal tokens: the last column in model.py's docstring.
 
     python tests/ablation.py            about an hour on two cores; --steps 20 to see it run
 

@@ -1,7 +1,7 @@
 """How often a model answers the held-out default conversations exactly, by kind of question: the README's table.
 
-    python tests/chat.py runs/chat             a model that was fine-tuned on `python prepare.py --chat`
-    python tests/chat.py runs/chat  --cache    tokens per second of a chat, with and without the kept cache
+    python tests/chat.py runs/chat            a model that was fine-tuned on `python prepare.py --chat`
+    python tests/chat.py runs/chat --cache    tokens per second of a chat, with and without the kept cache
 
 An answer counts as exact if it equals the expected one to the last character, and as ended if the model ends it by
 itself. The questions of the kind "knowing" are about names of the train split, asked in another way than in training.
