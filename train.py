@@ -191,7 +191,7 @@ def train(given: dict, resume: bool) -> None:
     best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
     rows = config.batch_tokens // config.seq_len // world  # sequences per rank in a step
     skipped, stopping = 0, False
-    gc.enable()
+    gc.enable()  # it was off while torch was imported
 
     while step < config.stop_at and not stopping:
         # One optimizer step. Its batch and its dropout depend on the seed and the step number, and on nothing else.
@@ -240,7 +240,7 @@ def train(given: dict, resume: bool) -> None:
     tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
     text, is_chat = None, isinstance(val_data, Conversations)
     if step == config.steps:
-        # The steps of sampling have a shape each, too many to compile.
+        # Each step of sampling has another shape: too many to compile.
         uncompiled = torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
         with autocast, uncompiled:
             text = dialogues(model, tokenizer, val_data) if is_chat else sample(model, tokenizer, config.seed)
@@ -539,7 +539,7 @@ class Muon(torch.optim.Muon):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Apply the gradients. Every rank must call it."""
         rank, world = dist.get_rank(), dist.get_world_size()
         (group,) = self.param_groups
@@ -697,9 +697,7 @@ class Saver:
 
     def __init__(self, config: Config, meta: dict, log: "Log", model: GPT, optimizers: list[torch.optim.Optimizer]):
         self.config, self.meta, self.log, self.optimizers = config, meta, log, optimizers
-        self.weights = dict(
-            model.named_parameters()
-        )  # now, since a forward pass of FSDP2 puts whole ones in their place
+        self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def save(self, step: int, best_loss: float | None = None) -> None:
