@@ -237,9 +237,9 @@ def train(given: dict, resume: bool) -> None:
 
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
-    tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
     text, is_chat = None, isinstance(val_data, Conversations)
     if step == config.steps:
+        tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
         # Each step of sampling has another shape: too many to compile.
         uncompiled = torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
         with autocast, uncompiled:
@@ -585,16 +585,24 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, getattr(torch, config.dtype), momentum=config.momentum, **shared), adamw]
 
 
+def optimizer_states(weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
+    """{name of a parameter: what its optimizer keeps for it}"""
+    names = {parameter: name for name, parameter in weights.items()}
+    return {
+        names[p]: optimizer.state[p] for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]
+    }
+
+
 def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
     """Load the optimizer state that rank 0 has read, on all ranks. Hyperparameters stay those of the command line."""
     saved = state["optimizer"] if state else {}
     parameters = dict(model.named_parameters())
-    states = {p: optimizer.state[p] for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
+    states = optimizer_states(parameters, optimizers)
     for name, ndim in from_rank_0([(name, tensor.ndim) for name, tensor in saved.items()]):
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
         like = parameter if ndim else torch.zeros((), device=parameter.device)  # AdamW counts its steps
-        states[parameter][key] = from_rank_0_like(like, saved.get(name))
+        states[parameter_name][key] = from_rank_0_like(like, saved.get(name))
 
 
 def lr_at(step: int, config: Config) -> float:
@@ -706,12 +714,8 @@ class Saver:
         start, config = time.monotonic(), self.config
         if problem := self.wait():
             self.log.line(f"{problem}; trying again")
-        moments = {
-            f"{name}.{key}": tensor
-            for optimizer in self.optimizers
-            for name, parameter in self.weights.items()
-            for key, tensor in optimizer.state.get(parameter, {}).items()
-        }
+        states = optimizer_states(self.weights, self.optimizers)
+        moments = {f"{name}.{key}": tensor for name, kept in states.items() for key, tensor in kept.items()}
         weights, moments = gathered(self.weights), gathered(moments)
         if dist.get_rank() == 0:
             state = {"step": step, "config": config.chosen(), "model": weights, "optimizer": moments}

@@ -39,9 +39,8 @@ def train(out: Path, flags: list[str]) -> tuple[float, str]:
         (out / "printed.txt").write_text(printed, encoding="utf-8")
     rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     printed = (out / "printed.txt").read_text(encoding="utf-8")
-    return [row["val_loss"] for row in rows if "val_loss" in row][-1], printed.partition("model    ")[2].partition(
-        " parameters"
-    )[0]
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    return losses[-1], printed.partition("model    ")[2].partition(" parameters")[0]
 
 
 def main() -> None:
