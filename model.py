@@ -17,9 +17,9 @@ The last column is the drop in validation loss, in nats per token, when the chan
 between seeds. The defaults of GPTConfig are today's column, except that each query head has its own key and value.
 One switch goes beyond both columns: with ngram_rows, the last two and three tokens have embeddings of their own.
 
-Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, S maximum
-sequence length, E experts, V vocabulary. Switches are resolved when the model is built, so that each forward reads like
-its equation; `unchanged` stands in for most functions that a setting has switched off.
+Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, L layers,
+S maximum sequence length, E experts, V vocabulary. Switches are resolved when the model is built, so that each forward
+reads like its equation; `unchanged` stands in for most functions that a setting has switched off.
 
     python model.py        list the presets with their parameters, FLOPs and cache sizes
 """
@@ -46,7 +46,7 @@ HUGE = 1e15  # stands for "no upper limit" in the table of legal ranges
 @dataclass
 class GPTConfig:
     """The shape of a model. Sizes left at None are derived from the others. Each field is also a flag of train.py, and
-    the comment behind it is the flag's help text. A new field must default to what older checkpoints, which lack it,
+    the comment after it is the flag's help text. A new field must default to what older checkpoints, which lack it,
     computed. Raises ValueError for illegal values and for sizes that do not fit together."""
 
     vocab_size: int | None = None  # number of token ids (default: the data set's)
@@ -78,9 +78,7 @@ class GPTConfig:
     ngram_rows: int | None = None  # rows of the tables of embeddings of the last two and three tokens (default: none)
     dropout: float = 0.0  # fraction of activations set to zero in training
 
-    RANGES = {  # noqa: RUF012 - smallest and largest legal value of each number
-        **dict.fromkeys(("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head"), (1, HUGE)),
-        **dict.fromkeys(("n_embd", "head_dim", "n_inner", "n_expert", "n_expert_active", "ngram_rows"), (1, HUGE)),
+    RANGES = {  # noqa: RUF012 - smallest and largest legal value of each number, where that is not (1, HUGE)
         **dict.fromkeys(("balance_loss", "router_z_loss"), (0, HUGE)),
         **dict.fromkeys(("norm_eps", "rope_base", "attention_cap", "embedding_scale", "logit_scale"), (1e-30, HUGE)),
         "dropout": (0, 0.99),
@@ -89,7 +87,7 @@ class GPTConfig:
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
             value, legal = getattr(self, name), get_args(hint) or (hint,)  # types, or the values of a Literal
-            least, most = self.RANGES.get(name, (None, None))
+            least, most = self.RANGES.get(name, (1, HUGE))
             if get_origin(hint) is Literal:
                 if value not in legal:
                     raise ValueError(f"{name} {value!r} is none of {', '.join(legal)}")
@@ -171,11 +169,11 @@ class NgramEmbedding(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         """`tokens` end with those of x, and may begin with earlier ones. Those before position 0 count as missing."""
-        T, key = x.size(1), tokens[:, -x.size(1) :]
-        for n, table in enumerate(self.tables, start=1):
-            earlier = F.pad(tokens, (n, 0))[:, -T - n : -n]  # [B, T], n tokens back
-            key = key * 0x9E3779B1 + torch.where(positions >= n, earlier + 1, 0)  # wraps around
-            x = x + table((key ^ key >> 15) % table.num_embeddings)
+        T, hashed = x.size(1), tokens[:, -x.size(1) :]
+        for back, table in enumerate(self.tables, start=1):
+            earlier = F.pad(tokens, (back, 0))[:, -T - back : -back]  # [B, T], the token `back` places before
+            hashed = hashed * 0x9E3779B1 + torch.where(positions >= back, earlier + 1, 0)  # wraps around
+            x = x + table((hashed ^ (hashed >> 15)) % table.num_embeddings)
         return x
 
 
@@ -191,12 +189,12 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head, config.seq_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)  # uses physical memory only as it fills
         self.values = torch.empty_like(self.keys)
-        # Those of the filled positions. GPT.forward adds to them after all layers have appended.
+        # The cached tokens. GPT.forward adds new ones after all layers have appended; dropping some shortens the cache.
         self.tokens = torch.empty(batch_size, 0, dtype=torch.long, device=device)
 
     @property
     def length(self) -> int:
-        """The number of positions filled."""
+        """The number of cached tokens."""
         return self.tokens.size(1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +247,8 @@ class Attention(nn.Module):
 
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        dropout, causal = self.dropout if self.training else 0.0, mask is None and T > 1
+        dropout = self.dropout if self.training else 0.0
+        causal = mask is None and T > 1  # a single new token sees all that are cached
         y = self.attend(q, k, v, mask, dropout, is_causal=causal, enable_gqa=self.grouped)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -324,8 +323,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + self.dropout(self.attention_post_norm(self.attention(self.attention_norm(x), angles, mask, cache)))
-        x = x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
-        return x
+        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
 
 class GPT(nn.Module):
@@ -383,17 +381,17 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         if (end := start + T) > self.config.seq_len:
             raise ValueError(f"a sequence of {end} tokens is longer than seq_len {self.config.seq_len}")
-        t = torch.arange(start, end, device=tokens.device)[None]  # positions [1, T]
+        positions = torch.arange(start, end, device=tokens.device)[None]  # [1, T]
         mask = None  # each token sees all tokens up to itself
         if documents is not None:
-            t = t - torch.searchsorted(documents, documents)  # [B, T], from the first token of each document
+            positions = positions - torch.searchsorted(documents, documents)  # [B, T], from the start of each document
             mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # [B, 1, T, T]
-        elif start > 0 and T > 1:
+        elif start > 0 and T > 1:  # several new tokens after cached ones
             mask = torch.ones(T, end, dtype=torch.bool, device=tokens.device).tril(start)
         so_far = tokens if cache is None else torch.cat((cache.tokens, tokens), dim=1)
-        x = self.ngrams(self.embedding(tokens) * self.config.embedding_scale, so_far, t)
-        x = self.dropout(self.positions(x, t))
-        angles = self.angles(t)
+        x = self.ngrams(self.embedding(tokens) * self.config.embedding_scale, so_far, positions)
+        x = self.dropout(self.positions(x, positions))
+        angles = self.angles(positions)
         for block in self.blocks:
             x = block(x, angles, mask, cache)
         if cache is not None:
@@ -402,7 +400,9 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return loss + sum(layer.router_loss for layer in self.expert_layers()) if self.training else loss
+        if self.training:
+            loss = loss + sum(layer.router_loss for layer in self.expert_layers())
+        return loss
 
     def expert_layers(self) -> list[Experts]:
         """The mixtures of experts, one per block; none in a dense model."""
@@ -468,6 +468,35 @@ def generate(
         logits = model(unseen, cache=cache, only_last=True)[:, -1, :n_vocab]
         unseen = sample_next(logits, **options)[:, None]
         yield unseen[:, 0]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer for sampling on a CPU, with 8-bit integers as weights and a scale for each output channel. A new
+    token reads every weight once, so a quarter of the bytes takes about a third of the time."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight, self.bias = linear.weight.detach().float(), linear.bias
+        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
+        self.weight = (weight / self.scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if 0 < len(rows) <= 16:  # new tokens; the kernel is slow for many and crashes for none
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(x.dtype)
+        else:  # a prompt
+            y = F.linear(rows, self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype))
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+def to_int8(model: GPT) -> None:
+    """Replace the model's linear layers by Int8Linear: all but routers, which are not called as layers, and those whose
+    inputs are no multiple of 16, which the kernel reads at a time."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and name != "router" and child.in_features % 16 == 0:
+                setattr(module, name, Int8Linear(child))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,6 +566,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
         try:
             return read_checkpoint(record), record
         except Exception as error:  # noqa: BLE001
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                fail(f"cannot read {record}: {error}")  # a disk that is away for now does not make it damaged
             reason = str(error).partition("\n")[0]
             print(f"damaged: {record} ({type(error).__name__}: {reason})", file=sys.stderr)
     fail(f"there is no intact checkpoint left in {path}")
@@ -596,9 +627,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def main() -> None:
     """Print the size of each preset. Models are built on the meta device, which allocates no memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--export", nargs="*", help=argparse.SUPPRESS)
-    if parser.parse_args().export is not None:
-        fail("published.py exports models now: python published.py --export DIR RUN")
+    parser.parse_args()
     print(f"{'preset':17}{'parameters':>17}{'active':>17}{'FLOP/token':>20}{'cache bytes/token':>19}")
     for name, preset in PRESETS.items():
         config = GPTConfig(**{"vocab_size": 4096, **preset})

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ NODE_GPUS, NODE_LINK = 8, 400e9  # bytes per second out of a node, all ports tog
 HOP_SECONDS = 10e-6  # latency of a message
 FAILURES_PER_GPU_DAY, RESTART_SECONDS = 4.74e-4, 600.0
 COPY_BYTES_PER_SECOND = 20e9  # from GPUs to main memory, for a checkpoint
+WRITE_BYTES_PER_SECOND = 1e9  # from there to a disk, by one thread that also computes the SHA-256
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas
@@ -72,14 +73,19 @@ def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
     matrices = sum(p.numel() for p in muon_matrices(model, config))
     block = sum(p.numel() for p in model.blocks[0].parameters())
     # In addition to the float32 weights: with shards, two blocks gathered in the run's dtype; else autocast's copies.
-    copies = 2 * size * block if shard > 1 else size * n if config.dtype != "float32" else 0
+    root = n - sum(p.numel() for p in model.blocks.parameters())
+    if shard > 1:  # the root's parameters stay gathered in float32, with a copy for products
+        copies = 2 * size * block + (4 + size) * root
+        whole = (4 + size) * block + 4 * root  # gradients of a block, before and in their reduction, and of the root
+    else:
+        copies, whole = size * n if config.dtype != "float32" else 0, 0
     activations = size * tokens * activations_per_token(config)
     logits = (8 + size) * tokens * config.vocab_size  # logits, their softmax, their gradient
     if config.recompute:  # the blocks' inputs, and what one block needs beyond the space of the logits, free by then
         activations = 4 * tokens * config.n_layer * config.n_embd + max(0, activations / config.n_layer - logits)
     return {
         "weights": 4 * n / shard + copies,
-        "gradients": 4 * n / shard,
+        "gradients": 4 * n / shard + whole,
         "optimizer": (4 * matrices + 8 * (n - matrices)) / shard,
         "activations": activations,
         "logits": logits,
@@ -131,6 +137,10 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     if gpus < 1 or gpus % config.shard:
         fail(f"--gpus {gpus} is not a multiple of --shard {config.shard}")
     meta = load_dataset(config.data, verify=False)[0] if Path(config.data, "meta.json").exists() else {}
+    if config.epochs:
+        if not meta:
+            fail(f"the steps of --epochs follow from {config.data}, which is missing: give --steps or --tokens")
+        config.steps = math.ceil(config.epochs * meta["train"]["tokens"] / config.batch_tokens)
     config.vocab_size = config.vocab_size or meta.get("vocab_size")
     if config.vocab_size is None:
         fail(f"{config.preset} takes its vocabulary from its data set, but {config.data} is missing: give --vocab_size")
@@ -164,13 +174,13 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     yield f"network    {traffic:,.3g} s per step on the slowest link; {waiting:,.3g} s do not overlap with compute"
     speed = f"{seconds:,.3g} s per step, {config.batch_tokens / seconds:,.0f} tokens/s"
     yield f"time       {speed}: {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
-    sequences, per_gpu = config.batch_tokens // config.seq_len, config.batch_tokens / gpus
-    if gpus > sequences:
-        warnings.append(f"{gpus:,} GPUs share {sequences:,} sequences per step, so that some have none")
+    n_micro, per_gpu = config.batch_tokens // (config.micro_batch * config.seq_len), config.batch_tokens / gpus
+    if n_micro % gpus:
+        warnings.append(f"{gpus:,} processes cannot share {n_micro:,} micro-batches equally: train.py will refuse")
     if traffic > compute:
         enough = f"about {per_gpu * traffic / compute:,.0f} would"
         warnings.append(f"{per_gpu:,.0f} tokens per GPU and step do not hide the traffic; {enough}")
-    if gpus > sequences or traffic > compute:
+    if gpus > n_micro or traffic > compute:
         warnings.append("data parallelism ends here; larger clusters add tensor, pipeline and expert parallelism")
 
     parts = memory_parts(model, config, shard)
@@ -187,12 +197,13 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
 
     failures, state = FAILURES_PER_GPU_DAY * gpus, checkpoint_bytes(model, config)
     between, stall = 86400 / failures, state / COPY_BYTES_PER_SECOND
-    interval = clock(math.sqrt(2 * stall * between))  # Young, 1974
-    lost = min(1.0, math.sqrt(2 * stall / between) + RESTART_SECONDS / between)
+    interval = max(math.sqrt(2 * stall * between), state / WRITE_BYTES_PER_SECOND)  # Young, 1974
+    lost = min(1.0, stall / interval + interval / (2 * between) + RESTART_SECONDS / between)
     yield f"failures   {failures:,.2g} per day, assumed; at best {lost:.1%} of the time is lost, with a checkpoint of"
-    yield f"           {state / 1e9:,.1f} GB every {interval} and restarts of {clock(RESTART_SECONDS)}, assumed"
+    yield f"           {state / 1e9:,.1f} GB every {clock(interval)}, --save_every {max(1, round(interval / seconds))},"
+    yield f"           and restarts of {clock(RESTART_SECONDS)}, assumed"
     if state > 1e12:
-        warnings.append(f"rank 0 gathers a checkpoint of {state / 1e12:.1f} TB; other programs write it in shards")
+        warnings.append(f"rank 0 gathers a checkpoint of {state / 1e12:.1f} TB in its main memory")
     if lost > 0.1:
         warnings.append(f"failures take {lost:.0%} of the time")
     yield from (f"warning    {warning}" for warning in warnings)
@@ -200,7 +211,7 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
 
 def local_plan(given: dict) -> None:
     """Train a few steps in a temporary folder, and print what the whole run will take on this machine."""
-    trial = {"stop_at": min(5, train.build_config(given).steps), "log_every": 1, "eval_tokens": 1, "keep": 1}
+    trial = {"stop_at": min(5, train.build_config(given).steps), "log_every": 1, "eval_tokens": 1}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train.train({**given, **trial, "out": train.from_rank_0(folder)}, resume=False)
         if dist.get_rank() > 0:
@@ -230,32 +241,19 @@ def local_plan(given: dict) -> None:
     print(f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}")
 
 
-def main() -> None:
-    parser = train.make_parser()
-    parser.usage = "train.py --plan [--gpus N [--gpu KIND] [--mfu SHARE] [--tokens N]] [--SETTING VALUE ...]"
-    group = parser.add_argument_group("planning")
-    group.add_argument("--gpus", type=int, metavar="INT", help="plan for a cluster with this number of GPUs")
-    group.add_argument("--gpu", choices=ACCELERATORS, default="H100", type=str.upper, help="kind of GPU (H100)")
-    group.add_argument("--mfu", type=float, metavar="FLOAT", default=0.4, help="share of their peak to assume (0.4)")
-    group.add_argument("--tokens", type=float, metavar="FLOAT", help="tokens to train on, instead of --steps")
-    asked = parser.parse_args()  # holds only what is on the command line, and the defaults above
-    given = asked.config if "config" in asked else {}
-    given |= {f.name: getattr(asked, f.name) for f in fields(Config) if f.name in asked}
-    if "steps" in asked:
-        given["epochs"] = None  # as in train.py
-    if "resume" in asked:
+def main(given: dict, resume: bool) -> None:
+    """Print the plan of a run with the settings `given`, those of a cluster among them."""
+    gpus, gpu = given.pop("gpus", None), given.pop("gpu", "H100")
+    mfu, tokens = given.pop("mfu", 0.4), given.pop("tokens", None)
+    if resume:
         fail("a plan is made for a new run: leave out --resume, and give the settings of a run with --config")
-    if not 0 < asked.mfu <= 1:
-        fail(f"--mfu {asked.mfu} is not in (0, 1]")
-    if "tokens" in asked:
-        if not 1 <= asked.tokens < 1e18:
-            fail(f"--tokens {asked.tokens} is not between 1 and 1e18")
-        given["steps"] = math.ceil(asked.tokens / train.build_config(given).batch_tokens)
-    if "gpus" in asked:
-        print("\n".join(cluster_plan(given, asked.gpu, asked.gpus, asked.mfu)))
-    else:
+    if not 0 < mfu <= 1:
+        fail(f"--mfu {mfu} is not in (0, 1]")
+    if tokens is not None:
+        if not 1 <= tokens < 1e18:
+            fail(f"--tokens {tokens} is not between 1 and 1e18")
+        given["steps"] = math.ceil(tokens / train.build_config(given).batch_tokens)
+    if gpus is None:
         train.launch(local_plan, given)
-
-
-if __name__ == "__main__":
-    main()
+    else:
+        print("\n".join(cluster_plan(given, gpu, gpus, mfu)))

@@ -91,15 +91,13 @@ def prepare(
     partial = out.with_name(out.name + ".partial")
     if val_fraction is None:
         val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
-    if (out / "meta.json").exists():
-        fail(f"{out} already holds a data set: remove it first, or choose another --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fail(f"{out} already exists and is not empty: choose another --out")
+    if out.exists():
+        fail(f"{out} already exists: remove it first, or choose another --out")
     if foreign := [path for path in partial.glob("*") if not regex.fullmatch(OUR_FILES, path.name)]:
         fail(f"{partial} is needed for unfinished data, but it holds {foreign[0].name}: choose another --out")
     if not 0 < val_fraction < 1:
         fail(f"--val_fraction {val_fraction} is not between 0 and 1")
-    encoding = named_tokenizer(tokenizer)  # for bpe:N just the number N, since it is yet to be trained
+    encoding = named_tokenizer(tokenizer)  # for bpe:N the number N: that tokenizer is trained below
 
     skipped: Counter[str] = Counter()  # what was skipped and why -> how often
     files = find_files(inputs, out.parent, skipped)
@@ -115,17 +113,17 @@ def prepare(
         val_tail = True
     total_bytes = sum(path.stat().st_size for path in files)
 
-    def pieces(skipped: Counter[str]) -> Iterator[Piece]:
+    def pieces(counts: Counter[str]) -> Iterator[Piece]:
         if not chat:
-            return split_pieces(files, field, val_fraction, val_tail, skipped)
+            return split_pieces(files, field, val_fraction, val_tail, counts)
         template = CHATML if isinstance(encoding, int) else template_of(encoding)
-        talks = conversations(files, val_fraction, skipped) if inputs else stdlib_conversations(files, val_fraction)
+        talks = conversations(files, val_fraction, counts) if inputs else stdlib_conversations(files, val_fraction)
         return ((split, part) for split, _, messages in talks for part in (*parts(template, messages), None))
 
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         partial.mkdir(parents=True)
-        if isinstance(encoding, int):  # this reads all text twice; `skipped` counts only the second time
+        if isinstance(encoding, int):  # this reads all text, which is then read again to encode it
             encoding = train_tokenizer(encoding, pieces(Counter()), total_bytes)
         splits = write_shards(partial, encoding, pieces(skipped), total_bytes)
 
@@ -134,16 +132,13 @@ def prepare(
         if len(skipped) > 20:
             say(f"skipped in total: {skipped.total():,}")
         if not any(sizes["documents"] for sizes in splits.values()):
-            advice = "" if chat else ": give the field that holds the text with --field"
-            fail(f"found no {'conversations' if chat else 'text'}: {'; '.join(list(skipped)[:3])}{advice}")
+            fail(f"found no {'conversations' if chat else 'text'}: {'; '.join(list(skipped)[:3])}")
         for split, sizes in splits.items():
             if not sizes["tokens"]:
                 advice = "" if chat else ", or give --val_tail to hold out the end of each document"
                 fail(f"none of the documents fell into the {split} split: raise --val_fraction{advice}")
         meta = {"tokenizer": tokenizer_to_dict(encoding, chat), "vocab_size": encoding.n_vocab, **splits}
         write_json(partial / "meta.json", meta | {"sources": inputs or ["the Python standard library"]})
-        if out.exists():
-            out.rmdir()
         partial.rename(out)
     except OSError as error:
         fail(f"cannot make the data set {out}: {error}")
@@ -345,14 +340,14 @@ class Template(NamedTuple):
     """What a chat model expects around the messages of a conversation."""
 
     header: str  # before each message, with the role filled in
-    end: str  # behind each message: the token with which the model ends its answer
+    end: str  # after each message: the token with which the model ends its answer
     gap: str = "\n"  # between messages
     begin: str = ""  # before the first message
-    opening: str = ""  # how the last answer begins: what the model is not asked to write
+    opening: str = ""  # what the last answer begins with, so that the model need not write it
 
 
 CHATML = Template("<|im_start|>{role}\n", "<|im_end|>")
-TEMPLATES = (  # a tokenizer's is the first one whose tokens it has, so that special cases come first
+TEMPLATES = (  # a tokenizer uses the first one whose tokens it has, so special cases come first
     CHATML._replace(opening="<think>\n\n</think>\n\n"),  # Qwen3, which then answers without thinking
     CHATML,  # all models trained here, and SmolLM2
     Template(
@@ -404,8 +399,8 @@ def answer_mask(tokenizer: tiktoken.Encoding, tokens: np.ndarray) -> np.ndarray:
     mask, ends = np.zeros(len(tokens), bool), np.flatnonzero(tokens == end)
     headers = (np.lib.stride_tricks.sliding_window_view(tokens, len(header)) == header).all(1)
     begins = np.flatnonzero(headers) + len(header)
-    for begin, end in zip(begins, ends[np.searchsorted(ends, begins)]):
-        mask[begin : end + 1] = True
+    for begin, last in zip(begins, ends[np.searchsorted(ends, begins)]):
+        mask[begin : last + 1] = True
     return mask
 
 
@@ -461,12 +456,11 @@ def files_below(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
 
 def copy_of_pipe(pipe: BinaryIO) -> Path:
     """Copy a pipe, which can be read only once, to a file that is deleted when the program ends."""
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder, "pipe.txt")
-    with pipe, open(path, "wb") as file:
+    descriptor, path = tempfile.mkstemp(suffix=".txt")
+    atexit.register(os.unlink, path)
+    with pipe, open(descriptor, "wb") as file:
         shutil.copyfileobj(pipe, file)
-    return path
+    return Path(path)
 
 
 def default_corpus() -> list[Path]:
@@ -518,13 +512,10 @@ def documents(path: Path, field: str, skipped: Counter[str]) -> Iterator[tuple[B
     """Yield each document of a file as a stream of UTF-8 and its size in bytes."""
 
     def text_in(record: object) -> bytes:
-        try:
-            if data := record[field].encode():
-                return data
-        except (TypeError, KeyError, AttributeError, UnicodeEncodeError):
-            pass
-        example = keys_of(record) if isinstance(record, dict) and field not in record else ""
-        raise Unusable(f"records without usable text in the field {field!r}", example)
+        text = record.get(field) if isinstance(record, dict) else None
+        if not text or not isinstance(text, str):
+            raise Unusable(f"records without text in --field {field!r}")
+        return text.encode()
 
     if is_container(path):
         for data in usable_records(path, field, text_in, skipped):
@@ -535,11 +526,7 @@ def documents(path: Path, field: str, skipped: Counter[str]) -> Iterator[tuple[B
 
 
 class Unusable(Exception):
-    """The reason why a record cannot be used, and an example for it, if there is one."""
-
-
-def keys_of(record: object) -> str:
-    return f", one has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
+    """The reason why a record cannot be used."""
 
 
 def usable_records(path: Path, field: str | None, use: Callable, skipped: Counter[str]) -> Iterator:
@@ -554,9 +541,9 @@ def usable_records(path: Path, field: str | None, use: Callable, skipped: Counte
             except (ValueError, RecursionError):
                 reasons["records that are not JSON in Unicode"] += 1
             except Unusable as error:
-                reason, *example = error.args
-                reasons[reason] += 1
-                examples[reason] = "".join(example) or examples.get(reason, "")
+                reasons[str(error)] += 1
+                if isinstance(record, dict):
+                    examples.setdefault(str(error), f"; one has the keys {', '.join(map(str, record))}")
             else:
                 yield used
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:  # a damaged file
@@ -565,7 +552,7 @@ def usable_records(path: Path, field: str | None, use: Callable, skipped: Counte
         skipped[f"{path}: {reason}{examples.get(reason, '')}"] += count
 
 
-def records(path: Path, field: str) -> Iterator[bytes | object]:
+def records(path: Path, field: str | None) -> Iterator[bytes | object]:
     """Yield the lines of a .jsonl file that are not blank, the items of the list in a .json file, which is read whole,
     or the rows of a .parquet file."""
     suffix = path.suffix.lower()
@@ -575,7 +562,7 @@ def records(path: Path, field: str) -> Iterator[bytes | object]:
         except ImportError:
             fail(f"{path} needs pyarrow: pip install pyarrow")
         file = pyarrow.parquet.ParquetFile(path)
-        columns = [field] if field in file.schema_arrow.names else None  # all, to name those that there are
+        columns = [field] if field in file.schema_arrow.names else None  # all, to list them in the message
         for batch in file.iter_batches(batch_size=256, columns=columns):
             yield from batch.to_pylist()
     elif suffix == ".json":
@@ -597,16 +584,16 @@ def split_pieces(
                 stream.seek(cut)
                 after = stream.read(3)
                 cut += len(after) - len(after.lstrip(bytes(range(0x80, 0xC0))))  # past UTF-8's continuation bytes
-                parts = [("train", cut), ("val", size - cut)]
+                shares = [("train", cut), ("val", size - cut)]
             else:
                 # Decide by a hash of the text: the order of documents doesn't matter, and copies share a split.
                 beginning = stream.read(PIECE_BYTES).decode(errors="ignore").encode()  # ends with a whole character
-                parts = [(split_of(beginning, val_fraction), size)]
+                shares = [(split_of(beginning, val_fraction), size)]
             stream.seek(0)
-            for split, part_size in parts:
-                for text in read_pieces(stream, part_size):
+            for split, share in shares:
+                for text in read_pieces(stream, share):
                     yield split, text
-                if part_size:
+                if share:
                     yield split, None
 
 
@@ -630,8 +617,6 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
         end = cut.end() if cut else len(rest)  # if there is no good place to cut, cut anywhere
         yield rest[:end]
         rest = rest[end:]
-    if rest:  # the file became shorter while it was read
-        yield rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,7 +628,7 @@ ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system
 def conversations(
     files: list[Path], val_fraction: float, skipped: Counter[str]
 ) -> Iterator[tuple[str, str, list[Message]]]:
-    """Yield the split, the file and the messages of each conversation. Equal first questions share a split."""
+    """Yield the split, no kind, and the messages of each conversation. Equal first questions share a split."""
     for path in files:
         if not is_container(path):
             skipped[f"{path}: not a file of conversations"] += 1
@@ -651,14 +636,15 @@ def conversations(
         for messages in usable_records(path, None, messages_in, skipped):
             roles = [message["role"] for message in messages]
             asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages
-            yield split_of(json.dumps(asked).encode(), val_fraction), path.name, messages
+            yield split_of(json.dumps(asked).encode(), val_fraction), "", messages
 
 
 def holds_conversations(path: Path, field: str) -> bool:
     """Whether the first record of a file has the keys of a conversation, and no field `field`."""
     record = next(usable_records(path, None, lambda record: record, Counter()), None) if is_container(path) else None
     with suppress(Unusable):
-        return turns_in(record) is not None and field not in record
+        turns_in(record)
+        return field not in record
     return False
 
 
@@ -678,7 +664,7 @@ def turns_in(record: object) -> list:
             return [asked, answered]
         case {"input": asked, "output": answered}:
             return [asked, answered]
-    raise Unusable("records that are not conversations", keys_of(record))
+    raise Unusable("records that are not conversations")
 
 
 def messages_in(record: object) -> list[Message]:
@@ -910,8 +896,8 @@ class Windows:
         return len(indices) * self.seq_len
 
     def get(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """The inputs and targets [len(indices), seq_len] of these windows, and the number of each input's document. A
-        document begins with the separator, as the prompts of sample.py do."""
+        """The inputs and targets [len(indices), seq_len] of these windows, and the number of each input's document. The
+        separator that ends a document counts as the first token of the next, as in the prompts of sample.py."""
         tokens = np.stack([self.window(i) for i in indices]).astype(np.int64)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         return inputs, targets, None if self.separator is None else (inputs == self.separator).cumsum(1)
@@ -926,7 +912,7 @@ class Windows:
 
 class Conversations:
     """A split of conversations, packed into rows of seq_len inputs and their targets. A conversation that is longer
-    than a row is cut behind an answer; without an answer that fits, it is left out."""
+    than a row is cut after an answer; without an answer that fits, it is left out."""
 
     def __init__(self, shards: list[np.ndarray], seq_len: int, tokenizer: tiktoken.Encoding):
         tokens = np.concatenate(shards)
@@ -936,10 +922,10 @@ class Conversations:
         starts = np.append(0, stops[:-1] + 1)
         limits = np.minimum(stops, starts + seq_len + 1)
         # The end of the last answer in each conversation, and of the last one that fits into a row.
-        full, last = (answer_ends[np.searchsorted(answer_ends, limit) - 1] for limit in (stops, limits))
-        fits = last >= starts
-        self.n_cut, self.n_left_out = int(np.sum(fits & (last < full))), int(np.sum(~fits))
-        starts, lengths = starts[fits], (last - starts + 1)[fits]
+        last, fitting = (answer_ends[np.searchsorted(answer_ends, limit) - 1] for limit in (stops, limits))
+        fits = fitting >= starts
+        self.n_cut, self.n_left_out = int(np.sum(fits & (fitting < last))), int(np.sum(~fits))
+        starts, lengths = starts[fits], (fitting - starts + 1)[fits]
         rows = pack(lengths, seq_len + 1)
         self.n_tokens, self.n_windows = int(lengths.sum()), len(rows)
         self.tokens = np.full((len(rows), seq_len + 1), tokenizer.eot_token, tokens.dtype)
@@ -1076,8 +1062,9 @@ def main() -> None:
     args = parser.parse_args()
     first = args.inputs[0] if args.inputs else "chat" if args.chat else "stdlib"
     name = "pipe" if first == "-" else Path(first).resolve().name.partition(".")[0] or "text"
-    out = Path("data", name) if args.out is None else args.out
-    prepare(args.inputs, out, args.tokenizer, args.val_fraction, args.val_tail, args.field, args.chat)
+    if args.out is None:
+        args.out = Path("data", name)
+    prepare(**vars(args))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
         config, weights = load_published(folder)
         chat = has_chat_template(folder)
     except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
-        fail(f"cannot load {folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        fail(f"cannot load {folder}: {(str(error) or type(error).__name__).splitlines()[0]}")
     tokenizer = tokenizer_to_dict(load_published_tokenizer(folder), chat)
     return {"step": 0, "model": weights, "config": asdict(config), "tokenizer": tokenizer}, folder
 
@@ -75,7 +75,7 @@ def load_model(path: str | Path, chat: bool = False) -> tuple[GPT, tiktoken.Enco
         config = GPTConfig(**model_settings(state["config"]))
         return model_with(config, state["model"]), tokenizer_from_dict(state["tokenizer"]), source
     except Exception as error:  # noqa: BLE001 - as above
-        fail(f"{source} holds no model ({type(error).__name__}: {str(error).splitlines()[0]})")
+        fail(f"{source} holds no model: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,25 +206,19 @@ def layout(family: Family, model: GPT) -> dict[str, list[str]]:
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or pytorch_model.bin, or of the parts listed in their index. Files are memory
-    mapped: a tensor takes memory only when it is used. Nothing in them is executed."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        paths = [folder / name]
-        if (index := folder / f"{name}.index.json").exists():
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            paths = sorted({folder / Path(part).name for part in parts})
-        if not paths[0].exists():
-            continue
-        if name == "pytorch_model.bin":
-            files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
-        else:
-            try:
-                from safetensors.torch import load_file
-            except ImportError:
-                raise ValueError(f"{paths[0]} needs safetensors: pip install safetensors") from None
-            files = [load_file(path) for path in paths]
-        return {name: tensor for file in files for name, tensor in file.items()}
-    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    """All tensors of model.safetensors or pytorch_model.bin, or of parts like model-00001-of-00002.safetensors. Files
+    are memory mapped: a tensor takes memory only when it is used. Nothing in them is executed."""
+    if paths := sorted(folder.glob("model*.safetensors")):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{paths[0]} needs safetensors: pip install safetensors") from None
+        files = [load_file(path) for path in paths]
+    elif paths := sorted(folder.glob("pytorch_model*.bin")):
+        files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
+    else:
+        raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    return {name: tensor for file in files for name, tensor in file.items()}
 
 
 def read_config(folder: Path) -> tuple[GPTConfig, Family]:
@@ -258,12 +252,10 @@ def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         tensors.pop("lm_head.weight", None)  # some files store a tied head as well
     model = empty_model(config, len(tensors))
     names = layout(family, model)
-    for problem, difference in (
-        ("misses", names.keys() - tensors.keys()),
-        ("also holds", tensors.keys() - names.keys()),
-    ):
-        if difference:
-            raise ValueError(f"{folder} {problem} {min(difference)} and {len(difference) - 1} other tensors")
+    if missing := names.keys() - tensors.keys():
+        raise ValueError(f"{folder} misses {min(missing)} and {len(missing) - 1} other tensors")
+    if extra := tensors.keys() - names.keys():
+        raise ValueError(f"{folder} also holds {min(extra)} and {len(extra) - 1} other tensors")
     weights = {}
     for theirs, ours in names.items():
         tensor = tensors.pop(theirs)
@@ -420,16 +412,13 @@ def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, chat: b
 
 def jinja_of(template: Template) -> str:
     """The template in the language of Hugging Face's chat_template.jinja."""
-    begin, end, gap, opening, answer = map(
-        json.dumps,
-        (template.begin, template.end, template.gap, template.opening, template.header.format(role="assistant")),
-    )
     before, after = map(json.dumps, template.header.split("{role}"))
+    end, gap, begin, opening = map(json.dumps, template[1:])
     return (
         f"{{{{- {begin} }}}}{{%- for message in messages -%}}{{{{- {before} + message['role'] + {after} }}}}"
         f"{{%- if loop.last and message['role'] == 'assistant' -%}}{{{{- {opening} }}}}{{%- endif -%}}"
         f"{{{{- message['content'] | trim + {end} + {gap} }}}}{{%- endfor -%}}"
-        f"{{%- if add_generation_prompt -%}}{{{{- {answer} + {opening} }}}}{{%- endif -%}}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {before} + 'assistant' + {after} + {opening} }}}}{{%- endif -%}}"
     )
 
 
@@ -458,12 +447,7 @@ def export(folder: Path, run: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--export",
-        nargs=2,
-        type=Path,
-        metavar=("DIR", "RUN"),
-        required=True,
-        help="write a run's model for other tools",
+        "--export", nargs=2, type=Path, metavar=("DIR", "RUN"), required=True, help="write a run's model"
     )
     export(*parser.parse_args().export)
 

@@ -8,8 +8,8 @@
     python sample.py --chat                                  talk to a model that was trained on conversations
     echo 'Who are you?' | python sample.py --chat            one question per line, without a terminal
 
-Generation stops after --tokens, before the text --stop, or when the model ends the document or its answer. When the
-text outgrows the model's context, the newest half of it is kept; a chat drops its oldest questions and answers.
+Generation stops after --tokens tokens, before the --stop text, or when the model ends the document or its answer. When
+the text outgrows the model's context, the newest half of it is kept; a chat drops its oldest questions and answers.
 
 In a chat, Ctrl-C ends an answer, Ctrl-D the program. A line that begins with a slash is a command:
 
@@ -47,6 +47,7 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument("--stop", metavar="TEXT", help="stop before this text")
     parser.add_argument("--seed", type=int, help="seed of the random numbers, to repeat a sample")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
+    parser.add_argument("--int8", action="store_true", help="weights as 8-bit integers: faster on a CPU")
     parser.add_argument("--interactive", action="store_true", help="ask for prompts")
     parser.add_argument("--chat", action="store_true", help="ask for questions, which the model answers")
     args = parser.parse_args()
@@ -63,9 +64,7 @@ def parse_command_line() -> argparse.Namespace:
         if not is_legal(getattr(args, name)):
             fail(f"--{name} {getattr(args, name)} is not {legal}")
     if args.chat and (args.prompt or args.prompt_file or args.n > 1 or args.interactive):
-        fail(
-            "--chat reads questions from the terminal or a pipe: leave out --prompt, --prompt_file, --n, --interactive"
-        )
+        fail("--chat reads questions from stdin: leave out --prompt, --prompt_file, --n and --interactive")
     return args
 
 
@@ -199,8 +198,9 @@ def chat(model, tokenizer: tiktoken.Encoding, args, **options) -> None:
 
 
 def fitting_prompt(tokenizer: tiktoken.Encoding, messages: list[Message], seq_len: int, n_tokens: int) -> list[int]:
-    """The tokens of the conversation up to the next answer, which gets a quarter of the context. To make room for it,
-    the oldest questions and answers are removed. If the last question alone is too long, it is removed: []."""
+    """The tokens of the conversation up to the next answer, which gets room for n_tokens or a quarter of the context.
+    The oldest questions and answers are removed to make room. A last question that does not fit alone is removed too,
+    and the result is empty."""
     n_system = int(messages[0]["role"] == "system")  # these stay
     limit, before = seq_len - min(n_tokens, seq_len // 4), len(messages)
     if len(render(tokenizer, [*messages[:n_system], messages[-1]], ask=True)) > limit:
@@ -225,7 +225,7 @@ def main() -> None:
 
     import torch
 
-    from model import choose_device, has_bfloat16, newest_run
+    from model import choose_device, has_bfloat16, newest_run, to_int8
     from published import load_model
 
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
@@ -234,11 +234,11 @@ def main() -> None:
     if not has_bfloat16(device):  # many published weights are in bfloat16
         model.float()
     model.to(device).eval()
-    generator = torch.Generator(device)
-    if args.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(args.seed)
+    if args.int8:
+        if device.type != "cpu":
+            fail(f"--int8 is for the CPU: leave it out on {device.type}, or add --device cpu")
+        to_int8(model)
+    generator = torch.Generator(device).manual_seed(torch.seed() if args.seed is None else args.seed)
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
     print(source, file=sys.stderr)
 

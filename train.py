@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import inspect
 import json
@@ -78,7 +79,7 @@ from sample import dialogues, sample
 
 @dataclass
 class Config(GPTConfig):
-    """The settings of a run: those of the model, and how to train it. Each field is a flag, and the comment behind it
+    """The settings of a run: those of the model, and how to train it. Each field is a flag, and the comment after it is
     the flag's help text. Flags override the file given by --config, which overrides the preset, which overrides the
     defaults here. A resumed run keeps its own settings, except for those given again."""
 
@@ -113,14 +114,12 @@ class Config(GPTConfig):
 
     eval_every: int = 200  # steps between evaluations
     eval_tokens: int = 2**20  # maximum number of held-out tokens in an evaluation
-    save_every: int = 200  # steps between checkpoints
+    save_every: int = 200  # steps between checkpoints; an evaluation that is the best so far saves one too
     log_every: int = 20  # steps between lines of progress
     keep: int = 2  # newest checkpoints to keep, besides the best
 
     RANGES = {  # noqa: RUF012
         **GPTConfig.RANGES,
-        **dict.fromkeys(("steps", "stop_at", "batch_tokens", "micro_batch", "shard", "keep"), (1, HUGE)),
-        **dict.fromkeys(("eval_every", "eval_tokens", "save_every", "log_every"), (1, HUGE)),
         **dict.fromkeys(("lr", "weight_decay", "grad_clip", "skip_bad_steps"), (0, HUGE)),
         "epochs": (1e-30, HUGE),
         **dict.fromkeys(("warmup", "decay", "momentum"), (0, 1)),
@@ -144,17 +143,17 @@ class Config(GPTConfig):
 
 
 # How to train the presets of model.py, where it differs from the defaults above. A preset that is not listed uses
-# PUBLISHED, with half a million tokens per step as for GPT-2.
-PUBLISHED = {"batch_tokens": 524_288, "micro_batch": 1, "steps": 20_000, "lr": 6e-4, "momentum": 0.95, "log_every": 1}
+# FROM_SCRATCH, with half a million tokens per step as for GPT-2.
+FROM_SCRATCH = dict(batch_tokens=524_288, micro_batch=1, steps=20_000, lr=6e-4, momentum=0.95, log_every=1)
 SHAKESPEARE = {"data": "data/shakespeare"}
 RECIPES: dict[str, dict] = {
     "toy": {},
     "grok-toy": {},
     "shakespeare-quick": dict(SHAKESPEARE, batch_tokens=1536, micro_batch=24, steps=80, lr=3.2e-2, decay=0.7),
     "shakespeare": dict(SHAKESPEARE, batch_tokens=8192, steps=480, weight_decay=0.4),
-    "gpt2": dict(PUBLISHED, data="data/gpt2", micro_batch=16),
+    "gpt2": dict(FROM_SCRATCH, data="data/gpt2", micro_batch=16),
 }
-# How to train on from the weights of another model (--init): at the rate of its own run, if it is one of ours
+# How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
 FINE_TUNING = {"epochs": 3.0, "batch_tokens": 8192, "weight_decay": 0.0}
 PUBLISHED_LR = 2e-5
 
@@ -169,11 +168,14 @@ def train(given: dict, resume: bool) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     config, step, state = open_run(given, resume)
     meta, train_data, val_data = load_data(config)
+    if step >= config.stop_at:
+        print(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
+        return
     device, machine = choose_machine(config)
 
     weights = first_weights(config, meta, step, state)  # on rank 0 alone
     model = build_model(config, device, weights)  # the plain model: to evaluate, save and sample
-    parallel = model  # averages gradients over the ranks: the DDP wrapper, or the model itself under FSDP2
+    parallel = model  # what the loop calls: under DDP a wrapper that averages gradients; FSDP2's model does so itself
     if world > 1 and config.shard == 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     # Matrix products in the run's dtype; weights and sums stay in float32.
@@ -203,7 +205,7 @@ def train(given: dict, resume: bool) -> None:
             chosen = indices[row : row + config.micro_batch]
             inputs, targets, documents = tensors(train_data.get(chosen), device)
             sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
-            with autocast:
+            with autocast:  # the sum is the mean over all targets, after the ranks' gradients are averaged
                 micro_loss = parallel(inputs, targets, documents) * (train_data.count(chosen) * world / n_targets)
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -217,8 +219,8 @@ def train(given: dict, resume: bool) -> None:
             skipped += 1
             problem = describe_bad_step(step, loss, grad_norm)
             if skipped > config.skip_bad_steps:
-                saver.wait()
-                stop_all_ranks(f"{problem}: continue with --out {config.out} --resume and a lower --lr")
+                advice = saver.wait() or f"continue with --out {config.out} --resume and a lower --lr"
+                stop_all_ranks(f"{problem}: {advice}")
             log.line(f"{problem}: skipped")
         model.zero_grad()
         step += 1
@@ -240,9 +242,7 @@ def train(given: dict, resume: bool) -> None:
     text, is_chat = None, isinstance(val_data, Conversations)
     if step == config.steps:
         tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
-        # Each step of sampling has another shape: too many to compile.
-        uncompiled = torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
-        with autocast, uncompiled:
+        with autocast, torch.compiler.set_stance("force_eager"):  # each step has another shape: too many to compile
             text = dialogues(model, tokenizer, val_data) if is_chat else sample(model, tokenizer, config.seed)
     log.end(step, text, "--chat" if is_chat else "--interactive")
 
@@ -305,13 +305,11 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
 
 
 def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> dict[str, Tensor]:
-    """The weights to start with, on rank 0: those of `state`, or new ones. Ends the program if there is nothing to do,
-    or if a checkpoint does not fit: a model only understands the tokens that it was trained on, and a resumed run needs
-    its own data and optimizer."""
+    """The weights to start with, on rank 0: those of `state`, or new ones. Ends the program if a checkpoint does not
+    fit: a model only understands the tokens that it was trained on, and a resumed run needs its own data and
+    optimizer."""
     if dist.get_rank() > 0:
         return {}
-    if step >= config.stop_at:
-        fail(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
     if state is None:
         torch.manual_seed(config.seed)
         return GPT(config).state_dict()
@@ -356,12 +354,12 @@ def lock(run: Path) -> None:
         return
     try:
         file = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, since closing it would release the lock
-    except OSError as error:
-        fail(f"cannot write to {run}: {error.strerror}")
-    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         fail(f"another process is training in {run}: wait for its end, or choose another --out")
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            fail(f"cannot write to {run}: {error.strerror}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,14 +405,12 @@ def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | 
             prepare.prepare([], Config.data)
         dist.barrier()
     meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
-    check_same("data set", {f"SHA-256 of {split}": shard_hashes(meta, split) for split in prepare.SPLITS})
+    check_same("data set", {"meta.json": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()})
     tokenizer, is_chat = prepare.tokenizer_from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
     train_data, val_data = (windows_of(split, shards[split], config, tokenizer, is_chat) for split in prepare.SPLITS)
     if config.epochs:
         config.steps = math.ceil(config.epochs * train_data.n_windows * config.seq_len / config.batch_tokens)
-        config.stop_at = config.steps if "stop_at" in config.derived else config.stop_at
-        if config.stop_at > config.steps:
-            fail(f"stop_at {config.stop_at} is larger than the {config.steps} steps of --epochs {config.epochs}")
+        config.stop_at = config.steps if "stop_at" in config.derived else min(config.stop_at, config.steps)
     n_used = meta["vocab_size"]
     if not is_chat:  # text has no control token but end-of-text, so a model may lack the others
         n_used = 1 + max(tokenizer.eot_token, *tokenizer._mergeable_ranks.values())
@@ -588,9 +584,8 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 def optimizer_states(weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
     """{name of a parameter: what its optimizer keeps for it}"""
     names = {parameter: name for name, parameter in weights.items()}
-    return {
-        names[p]: optimizer.state[p] for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]
-    }
+    groups = ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
+    return {names[p]: optimizer.state[p] for optimizer, group in groups for p in group["params"]}
 
 
 def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
@@ -748,7 +743,8 @@ class Log(Console):
         if dist.get_rank() == 0:
             rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             rows = [row for row in rows if (found := re.match(r'{"step": (\d+), .*}$', row)) and int(found[1]) <= step]
-            self.path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+            with prepare.written_whole(self.path) as file:
+                file.write("".join(row + "\n" for row in rows).encode())
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -761,12 +757,11 @@ class Log(Console):
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if self.board and isinstance(value, float):
+                    self.board.add_scalar(name, value, row["step"])
         except OSError as error:  # such as a full disk, which may have room again for the next checkpoint
             print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
-        if self.board:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, row["step"])
 
     def header(self, train_data: Windows, val_data: Windows, machine: dict[str, str]) -> None:
         config, tokens, flops = self.config, self.config.steps * self.config.batch_tokens, self.model.flops_per_token()
@@ -859,7 +854,9 @@ def choose_machine(config: Config) -> tuple[torch.device, dict[str, str]]:
         "ranks": describe_ranks(device),
         "device": f"{device} ({device_reason})",
         "dtype": f"{config.dtype} ({dtype_reason})",
-        "compile": "on" if config.compile else "off (--compile pays on CUDA, and in long runs elsewhere)",
+        "compile": "on (the first step may take a minute)"
+        if config.compile
+        else "off (--compile pays on CUDA, and in long runs elsewhere)",
     }
 
 
@@ -968,7 +965,7 @@ def describe_ranks(device: torch.device) -> str:
 def describe_bad_step(step: int, loss: Tensor, grad_norm: Tensor) -> str:
     bad = [rank for rank, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
     where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
-    return f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank makes the step"
+    return f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank applied it"
 
 
 def watch_for_stop(parent: int) -> Callable[[], bool]:
@@ -981,15 +978,18 @@ def watch_for_stop(parent: int) -> Callable[[], bool]:
 
 
 def silent_ranks(store: dist.Store, rank: int, world: int) -> list[int]:
-    """The ranks that do not answer, after an operation between ranks has failed and the connections are closed."""
+    """The ranks that do not answer, after an operation between ranks has failed and the connections are closed. Ends
+    the program if that was because rank 0 has ended with a message."""
     try:
-        store.set(f"alive/{rank}", "yes")
+        store.append("answers", f"{rank} ")
         time.sleep(3)
-        silent = [other for other in range(world) if not store.check([f"alive/{other}"])]
+        answers = store.get("answers").decode().split()
         time.sleep(2)  # rank 0 may host the store that the others ask
-        return silent
     except dist.DistError:
         return [0]
+    if "refused" in answers:
+        sys.exit(2)
+    return [other for other in range(world) if str(other) not in answers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -997,7 +997,7 @@ def silent_ranks(store: dist.Store, rank: int, world: int) -> list[int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """A flag for each field of Config, with the field's type and the comment behind it as help text."""
+    """A flag for each field of Config, with the field's type and the comment after it as help text."""
     parser = argparse.ArgumentParser(
         usage="train.py [--preset NAME] [--SETTING VALUE ...] [--resume]",
         description=__doc__,
@@ -1008,7 +1008,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest")
     parser.add_argument("--config", type=read_settings, metavar="FILE.json", help="read settings from a config.json")
-    parser.add_argument("--plan", action="store_true", help="estimate time and memory; see plan.py --help")
+    plan = parser.add_argument_group("planning")
+    plan.add_argument("--plan", action="store_true", help="estimate time and memory, train nothing (plan.py)")
+    plan.add_argument("--gpus", type=int, metavar="INT", help="with --plan: on a cluster with this number of GPUs")
+    plan.add_argument("--gpu", choices=ACCELERATORS, type=str.upper, help="with --gpus: their kind (H100)")
+    plan.add_argument("--mfu", type=float, metavar="FLOAT", help="with --gpus: share of their peak to assume (0.4)")
+    plan.add_argument("--tokens", type=float, metavar="FLOAT", help="with --plan: tokens to train on (not --steps)")
     hints = typing.get_type_hints(Config)
     for title, cls in (("training", Config), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
@@ -1040,7 +1045,7 @@ def build_config(given: dict) -> Config:
     preset = given.get("preset", Config.preset)
     if preset not in list(PRESETS):
         fail(f"no preset is called {preset!r}: use {', '.join(PRESETS)}")
-    settings = {**PRESETS[preset], **RECIPES.get(preset, PUBLISHED), **given}
+    settings = {**PRESETS[preset], **RECIPES.get(preset, FROM_SCRATCH), **given}
     if unknown := settings.keys() - {f.name for f in fields(Config)}:
         fail(f"unknown setting {', '.join(sorted(unknown))}: python train.py --help lists all of them")
     try:
@@ -1062,11 +1067,18 @@ def launch(work: Callable, given: dict, *more) -> None:
     except KeyboardInterrupt:
         status = "train.py: interrupted before the first step"
     except Exception as error:
-        if world == 1:
+        if world == 1 or torch.cuda.is_available():
             raise
         trace, reason = traceback.format_exc(), str(error).split(". ")[0]
     # Outside of the except blocks, since the exception keeps the model alive, and with it the connections.
+    if status and torch.cuda.is_available():  # destroying an NCCL group would wait for the other ranks
+        sys.exit(status)
     dist.destroy_process_group()
+    if status and world > 1:
+        store.append("answers", "refused ")
+        leave = time.monotonic() + 4  # rank 0 may host the store that the others ask, unless all have refused
+        while rank == 0 and store.get("answers").count(b"refused") < world and time.monotonic() < leave:
+            time.sleep(0.1)
     if trace:
         silent = ", ".join(map(str, silent_ranks(store, rank, world)))
         status = f"train.py: error: rank {silent} of {world} does not answer ({reason})" if silent else trace
@@ -1077,17 +1089,18 @@ def launch(work: Callable, given: dict, *more) -> None:
 def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: fewer page faults on Linux
     prepare.tolerate_streams()
-    if "--plan" in sys.argv:
-        import plan
-
-        return plan.main()
     given = vars(make_parser().parse_args())
     if "steps" in given and "epochs" in given:
         fail("give --steps or --epochs, not both")
     if "steps" in given:
         given["epochs"] = None
     resume, settings = given.pop("resume", False), given.pop("config", {})
-    launch(train, {**settings, **given}, resume)
+    given = {**settings, **given}
+    if given.pop("plan", False):
+        import plan
+
+        return plan.main(given, resume)
+    launch(train, given, resume)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import model as models
 import published
-from model import GPT, GPTConfig, KVCache, NgramEmbedding, generate, rotary_angles, rotate, sample_next
+from model import GPT, GPTConfig, KVCache, NgramEmbedding, generate, rotary_angles, rotate, sample_next, to_int8
 
 SHAPE = {"vocab_size": 61, "seq_len": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
 KINDS = {
@@ -93,6 +93,16 @@ def test_greedy_text_is_the_same_without_a_cache_and_beyond_the_context(kind):
         uncached.append(model(window)[0, -1].argmax().item())
         window = torch.cat((window, torch.tensor([uncached[-1:]])), dim=1)
     assert cached == uncached
+
+
+@every_kind
+def test_int8_weights_compute_nearly_the_same_for_a_prompt_and_for_single_tokens(kind):
+    model, tokens = make(kind), random_tokens(1, 24)
+    exact, cache = model(tokens), KVCache(model.config, 1)
+    to_int8(model)
+    steps = torch.cat([model(token, cache=cache) for token in tokens.split(1, dim=1)], dim=1)
+    for logits in (model(tokens), steps):
+        assert 0 < (logits - exact).norm() / exact.norm() < 0.06
 
 
 @every_kind

@@ -1,8 +1,11 @@
 """The plan of a run, against published runs: what they were and what their authors measured."""
 
+import json
+import math
 import re
 import statistics
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,8 +96,8 @@ def test_meta_s_run_is_planned_at_meta_s_pace(call, capsys):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--preset", "llama3-8b", "--gpus", 8], "does not fit: use --shard 8"),
-        (["--preset", "grok-1", "--gpus", 100_000, "--shard", 160], "GPUs share 64 sequences"),
+        (["--preset", "llama3-8b", "--gpus", 8, "--recompute"], "does not fit: use --shard 2"),
+        (["--preset", "grok-1", "--gpus", 100_000, "--shard", 160], "cannot share 64 micro-batches"),
         (["--preset", "llama3-8b", "--gpus", 512, "--shard", 8, "--seq_len", 512], "do not hide the traffic"),
         (["--preset", "gpt2", "--gpus", 8, "--batch_tokens", 12_288_000, "--steps", 1000], "above the critical size"),
         (["--preset", "grok-1", "--gpus", 100_000, "--shard", 160], "failures take"),
@@ -142,13 +145,15 @@ def test_too_little_data_is_said(call, capsys, data):
 
 
 def test_the_smallest_shard_that_fits_is_named(call, capsys):
-    shards = [1, 2, 4, 8]
-    fits = [
-        s
-        for s in shards
-        if "does not fit" not in plan_of(call, capsys, "--preset", "llama3-8b", "--gpus", 8, "--shard", s)
-    ]
-    assert fits and f"use --shard {fits[0]}" in plan_of(call, capsys, "--preset", "llama3-8b", "--gpus", 8)
+    run = ["--preset", "llama3-8b", "--gpus", 8, "--recompute", "--shard"]
+    fits = [shard for shard in (1, 2, 4, 8) if "does not fit" not in plan_of(call, capsys, *run, shard)]
+    assert fits and f"use --shard {fits[0]}" in plan_of(call, capsys, *run, 1)
+
+
+def test_epochs_are_counted_in_the_data_set(call, capsys, data):
+    n_tokens = json.loads((Path(data) / "meta.json").read_text())["train"]["tokens"]
+    printed = plan_of(call, capsys, "--data", data, "--gpus", 1, "--epochs", 3)
+    assert f"in {math.ceil(3 * n_tokens / train.Config.batch_tokens):,} steps" in printed
 
 
 def test_a_plan_for_this_machine_leaves_no_trace(call, capsys, data, tmp_path):

@@ -223,7 +223,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
         "latin.txt: not UTF-8",
         "cut.txt: not UTF-8",
         "empty.txt: empty",
-        "without usable text in the field 'text', one has body (5)",
+        "without text in --field 'text'; one has the keys body (4)",
         "records that are not JSON in Unicode",
         "torn.jsonl.gz",
     ):
@@ -256,7 +256,7 @@ def test_a_data_set_is_never_overwritten(refused, call, tmp_path):
     (tmp_path / "a.txt").write_text(words(200))
     call(prepare, "a.txt", "--tokenizer", "byte", "--val_fraction", 0.1)
     before = Path("data/a/train-00000.npy").read_bytes()
-    assert "data/a already holds a data set" in refused(prepare, "a.txt", "--tokenizer", "byte")
+    assert "data/a already exists" in refused(prepare, "a.txt", "--tokenizer", "byte")
     assert Path("data/a/train-00000.npy").read_bytes() == before
 
 
