@@ -183,11 +183,12 @@ class LearnedPositions(Embedding):
 
 
 class KVCache:
-    """The keys and values of past tokens, so that generation computes them only once."""
+    """The keys and values of up to `size` past tokens (default: S), so that generation computes them only once."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device | str = "cpu", dtype=torch.float32):
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.seq_len, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)  # uses physical memory only as it fills
+    def __init__(self, config: GPTConfig, batch_size: int, device="cpu", dtype=torch.float32, size: int | None = None):
+        size = min(size or config.seq_len, config.seq_len)
+        shape = (config.n_layer, batch_size, config.n_kv_head, size, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
         # The cached tokens. GPT.forward adds new ones after all layers have appended; dropping some shortens the cache.
         self.tokens = torch.empty(batch_size, 0, dtype=torch.long, device=device)
@@ -220,8 +221,8 @@ def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: 
 class Attention(nn.Module):
     """Causal self-attention. In each head every token has a query (what it looks for), a key (what it offers) and a
     value (what it passes on). Its output is the average of the values of all tokens up to itself, weighted by how well
-    their keys match its query: softmax(q k^T / sqrt(D)) v. Query head h uses key/value head h // (H / K), known as
-    grouped-query attention (Ainslie et al., 2023)."""
+    their keys match its query: softmax(q k^T / sqrt(D)) v, written out in capped_attention. Query head h uses key/value
+    head h // (H / K), known as grouped-query attention (Ainslie et al., 2023)."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -327,7 +328,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Maps tokens to the logits of the token after each of them."""
+    """Maps tokens to the logits of the token after each of them: tokens [B, T] -> embeddings x [B, T, C] -> blocks, of
+    which each adds to x -> norm -> head -> logits [B, T, V]. The rest of forward() is for packed documents and a
+    cache."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -454,7 +457,9 @@ def generate(
     `n_vocab` is the size of the tokenizer's vocabulary, where the model pads it with ids that have no meaning. A cache
     from an earlier call saves computing again what both sequences begin with.
 
-    When the sequence outgrows the model's S positions, only its newest S / 2 tokens are kept."""
+    The first step computes the whole prompt (prefill), and each later one a single token (decoding), which takes as
+    long as reading all weights and the cache. When the sequence outgrows the model's S positions, only its newest S / 2
+    tokens are kept."""
     S = model.config.seq_len
     cache = cache or KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
     n = min(cache.length, tokens.size(1) - 1)  # at least the last token is computed, for its logits

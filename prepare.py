@@ -147,6 +147,11 @@ def prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
+    tokens = np.load(out / "val-00000.npy", mmap_mode="r")[:30]
+    texts = [token_bytes(encoding, token).decode(errors="replace") for token in tokens.tolist()]
+    if chat:  # in braces what the loss counts
+        texts = [f"{{{text}}}" if counts else text for text, counts in zip(texts, answer_mask(encoding, tokens))]
+    say(f"held-out text begins with the tokens {repr('|'.join(texts))}")
     line = "{:5} {documents:9,} documents {bytes:13,} bytes {tokens:13,} tokens, {:.2f} bytes per token"
     for split, sizes in splits.items():
         say(line.format(split, sizes["bytes"] / sizes["tokens"], **sizes))

@@ -13,7 +13,7 @@ the text outgrows the model's context, the newest half of it is kept; a chat dro
 
 In a chat, Ctrl-C ends an answer, Ctrl-D the program. A line that begins with a slash is a command:
 
-    /post FILE      put the text of a file before the next question
+    /post TEXT      put a text, or the text of a file of this name, before the next question
     /system TEXT    begin a new conversation, and tell the model how to behave in it
     /clear          begin a new conversation
 """
@@ -21,6 +21,7 @@ In a chat, Ctrl-C ends an answer, Ctrl-D the program. A line that begins with a 
 import argparse
 import codecs
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -106,9 +107,12 @@ def continuations(
     reached. `options` go to model.generate."""
     import torch
 
-    from model import generate
+    from model import KVCache, generate
 
-    tokens = torch.tensor([ids] * n, device=model.embedding.weight.device)
+    weight = model.embedding.weight
+    tokens = torch.tensor([ids] * n, device=weight.device)
+    if "cache" not in options:
+        options["cache"] = KVCache(model.config, n, weight.device, weight.dtype, len(ids) + n_tokens)
     decoders = [Decoder(tokenizer, stop) for _ in range(n)]
     for new in islice(generate(model, tokens, n_vocab=tokenizer.n_vocab, **options), n_tokens):
         yield ["" if d.ended else d.feed(token) for d, token in zip(decoders, new.tolist())]
@@ -166,6 +170,8 @@ def chat(model, tokenizer: tiktoken.Encoding, args, **options) -> None:
     weight = model.embedding.weight
     cache = KVCache(model.config, 1, weight.device, weight.dtype)
     messages, post = [], ""
+    if sys.stdin.isatty():
+        print("Ask a question, or type /post TEXT, /system TEXT or /clear. Ctrl-D ends the chat.", file=sys.stderr)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -178,11 +184,13 @@ def chat(model, tokenizer: tiktoken.Encoding, args, **options) -> None:
             messages[:] = [{"role": "system", "content": rest}]
         elif command == "/post" and rest:
             try:
-                post = f"{Path(rest).read_text(encoding='utf-8').strip()}\n\n"
+                text = Path(rest).read_text(encoding="utf-8").strip() if os.path.isfile(rest) else rest
+                post = f"{text}\n\n"
+                print(f"(a post of {len(text):,} characters stands before the next question)", file=sys.stderr)
             except (OSError, ValueError) as error:
                 print(f"cannot read {rest}: {error}", file=sys.stderr)
         elif command.startswith("/"):
-            print("the commands are /post FILE, /system TEXT and /clear", file=sys.stderr)
+            print("the commands are /post TEXT, /system TEXT and /clear", file=sys.stderr)
         elif line:
             messages.append({"role": "user", "content": post + line})
             post = ""

@@ -194,6 +194,8 @@ def train(given: dict, resume: bool) -> None:
     rows = config.batch_tokens // config.seq_len // world  # sequences per rank in a step
     skipped, stopping = 0, False
     gc.enable()  # it was off while torch was imported
+    if step == 0 and config.init:  # where fine-tuning starts
+        log.evaluation(0, *evaluate(model, val_data, config, device, autocast), meta)
 
     while step < config.stop_at and not stopping:
         # One optimizer step. Its batch and its dropout depend on the seed and the step number, and on nothing else.
@@ -814,16 +816,38 @@ class Log(Console):
         self.line(f"step {step:5,}/{self.config.steps:,}  {self.result}")
         self.record(**row)
         self.last = (step, time.monotonic())
+        if step == 0:
+            self.first = self.last
 
     def end(self, step: int, text: str | None, flag: str) -> None:
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
+        if dist.get_rank() > 0:
+            return
         if text is None:
             launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
             resume = f"{launcher}train.py --out {self.config.out} --resume"
             self.line(f"stopped at step {step} and saved; to continue: {resume}")
         else:
-            self.line(f"\na sample:\n{text}\n\n{self.result} after {clock(time.monotonic() - self.started)}")
+            self.line(f"\na sample:\n{text}\n\n{self.plot()}\n")
+            self.line(f"{self.result} after {clock(time.monotonic() - self.started)}")
             self.line(f"the run is in {self.config.out}; next: python sample.py {self.config.out} {flag}")
+
+    def plot(self, width: int = 64, height: int = 8) -> str:
+        """The losses of the run in characters, "." of steps and "o" of evaluations. Those of the first steps, which
+        would leave little room for the others, are moved to the top line."""
+        rows = [json.loads(row) for row in self.path.read_text(encoding="utf-8").splitlines()]
+        marks = [(row["step"], row["loss"], ".") for row in rows if "loss" in row]
+        marks += [(row["step"], row["val_loss"], "o") for row in rows if "val_loss" in row]
+        marks = [mark for mark in marks if math.isfinite(mark[1])]
+        scale = [loss for step, loss, _ in marks if step > self.config.steps / 20] or [0.0]
+        low, high = min(scale), max(scale)
+        lines = [[" "] * width for _ in range(height)]
+        for step, loss, mark in marks:
+            depth = max(0.0, high - loss) / max(high - low, 1e-9)
+            lines[min(round(depth * (height - 1)), height - 1)][round(step / self.config.steps * (width - 1))] = mark
+        labels = [f"{high:.2f}", *[""] * (height - 2), f"{low:.2f}"]
+        drawn = [f"{label:>6} |{''.join(line)}" for label, line in zip(labels, lines)]
+        return "\n".join([*drawn, f"{'':6} +{'-' * width} {self.config.steps:,} steps"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

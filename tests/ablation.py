@@ -1,9 +1,9 @@
-"""What each step from GPT-2 to today's model bought, at equal tokens: the last column in model.py's docstring.
+"""What today's model loses when one thing is taken back to GPT-2's way: the last column in model.py's docstring.
 
-    python tests/ablation.py            about an hour on two cores; --steps 20 to see it run
+    python tests/ablation.py            about 50 minutes on two cores; --steps 20 to see it run
 
-One row adds one change to the row above it and keeps all others. Each row tries a few learning rates with seed 1, then
-trains the best one with three seeds: an optimizer or a norm is judged at the rate that suits it.
+A norm or an optimizer is judged at the learning rate that suits it: from the default, each row doubles and halves the
+rate with seed 1 for as long as that helps, then trains at the best rate with three seeds.
 """
 
 import argparse
@@ -16,17 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GPT2 = "--norm layer --norm_eps 1e-5 --bias --position learned --no-gated --activation gelu_tanh --no-qk_norm --tied"
-STEPS_TO_TODAY = [
-    ("GPT-2", f"{GPT2} --n_kv_head 4 --optimizer adamw"),
-    ("RMSNorm, no biases", "--norm rms --norm_eps 1e-6 --no-bias"),
-    ("rotary positions", "--position rope"),
-    ("SwiGLU", "--gated --activation silu"),
-    ("QK-norm", "--qk_norm"),
-    ("untied head", "--no-tied"),
-    ("Muon", "--optimizer muon --momentum 0.95"),
+sys.path.insert(0, str(ROOT))
+from train import Config  # noqa: E402
+
+TAKEN_BACK = [
+    ("nothing", ""),
+    ("norm: LayerNorm, biases", "--norm layer --norm_eps 1e-5 --bias"),
+    ("positions: learned", "--position learned"),
+    ("attention: no QK-norm", "--no-qk_norm"),
+    ("MLP: GELU, not gated", "--no-gated --activation gelu_tanh"),
+    ("head: tied", "--tied"),
+    ("optimizer: AdamW", "--optimizer adamw"),
 ]
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
 
 
@@ -52,24 +53,32 @@ def main() -> None:
     if not Path(args.data, "meta.json").exists():
         subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--out", args.data], check=True)
     common = ["--data", args.data, "--steps", str(args.steps), "--eval_every", str(args.steps)]
+    common += ["--save_every", str(args.steps)]
 
-    def run(row: int, rate: float, seed: int) -> tuple[float, str]:
-        changes = " ".join(flags for _, flags in STEPS_TO_TODAY[: row + 1]).split()
-        flags = [*common, *changes, "--lr", str(rate), "--seed", str(seed), "--save_every", str(args.steps)]
-        return train(Path(args.out, f"{row}-{rate}-{seed}"), flags)
+    def measure(row: int) -> tuple[str, float, list[float]]:
+        """The number of parameters, the best learning rate, and the loss with each seed."""
 
-    print("| added | parameters | lr | val_loss, mean | worst - best seed | bought |\n|---|---|---|---|---|---|")
-    before = None
+        def run(rate: float, seed: int) -> tuple[float, str]:
+            flags = [*common, *TAKEN_BACK[row][1].split(), "--lr", str(rate), "--seed", str(seed)]
+            return train(Path(args.out, f"{row}-{rate}-{seed}"), flags)
+
+        tried = {Config.lr: run(Config.lr, SEEDS[0])[0]}
+        for factor in (2, 0.5):
+            rate = Config.lr
+            while tried[rate] == min(tried.values()):
+                rate *= factor
+                tried[rate] = run(rate, SEEDS[0])[0]
+        best = min(tried, key=tried.get)
+        results = [run(best, seed) for seed in SEEDS]
+        return results[0][1], best, [loss for loss, _ in results]
+
+    print("| taken back | parameters | lr | val_loss, mean | worst - best seed | lost |\n|---|---|---|---|---|---|")
+    default = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for row, (name, _) in enumerate(STEPS_TO_TODAY):
-            tried = list(pool.map(lambda rate, row=row: run(row, rate, SEEDS[0])[0], RATES))
-            rate = RATES[tried.index(min(tried))]
-            results = list(pool.map(lambda seed, row=row, rate=rate: run(row, rate, seed), SEEDS))
-            losses = [loss for loss, _ in results]
+        for (name, _), (n_params, rate, losses) in zip(TAKEN_BACK, pool.map(measure, range(len(TAKEN_BACK)))):
             mean, spread = statistics.mean(losses), max(losses) - min(losses)
-            bought = f"{before - mean:.3f}" if before is not None else ""
-            print(f"| {name} | {results[0][1]} | {rate:g} | {mean:.3f} | {spread:.3f} | {bought} |", flush=True)
-            before = mean
+            default = default or mean
+            print(f"| {name} | {n_params} | {rate:g} | {mean:.3f} | {spread:.3f} | {mean - default:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -380,6 +380,7 @@ def test_fine_tuning_takes_its_steps_from_epochs_and_its_rate_from_the_run(call,
     n_windows = prepare.Windows(prepare.load_dataset(data)[1]["train"], 16).n_windows
     assert config["steps"] == -(-3 * n_windows * 16 // 1024)
     assert config["lr"] == json.loads((run / "config.json").read_text())["lr"]
+    assert min(rows(tmp_path / "tuned", "val_loss")) == 0  # where it started
     call(train, "--resume", "--out", "tuned", "--steps", 2)  # steps that are given override the epochs
     assert max(rows(tmp_path / "tuned", "val_loss")) == 2
     assert "not both" in refused(train, "--steps", 2, "--epochs", 1)
@@ -465,14 +466,14 @@ def prompts(monkeypatch) -> list[str]:
 def test_commands_set_the_system_message_and_the_post_and_clear(call, capsys, monkeypatch, chat_run, tmp_path):
     seen = prompts(monkeypatch)
     (tmp_path / "post.txt").write_text("A post.\n")
-    lines = "/post post.txt\nq1\nq2\n/system S\nq3\n/clear\nq4\n/post nowhere\n/what\n"
+    lines = "/post post.txt\nq1\nq2\n/system S\nq3\n/clear\nq4\n/post Typed.\nq5\n/what\n"
     _, err = ask(call, capsys, monkeypatch, chat_run, lines)
     ends = "<|im_end|>\n<|im_start|>"
     assert seen[0] == f"<|im_start|>user\nA post.\n\nq1{ends}assistant\n"
     assert seen[1] == f"{seen[0]}ok{ends}user\nq2{ends}assistant\n"
     assert seen[2] == f"<|im_start|>system\nS{ends}user\nq3{ends}assistant\n"
     assert seen[3] == f"<|im_start|>user\nq4{ends}assistant\n"
-    assert "cannot read nowhere" in err and "the commands are" in err
+    assert seen[4].endswith(f"{ends}user\nTyped.\n\nq5{ends}assistant\n") and "the commands are" in err
 
 
 def test_when_the_context_is_full_the_oldest_turns_go(call, capsys, monkeypatch, chat_run):

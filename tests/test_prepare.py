@@ -389,7 +389,7 @@ def test_records_are_read_from_the_field_that_is_asked_for(refused, call, tmp_pa
     (tmp_path / "c.json").write_text(json.dumps(records))
     for name in ("a.JSONL", "b.ndjson", "c.json"):
         told = refused(prepare, name, "--tokenizer", "byte")
-        assert "one has content, id" in told and "--field" in told
+        assert "one has the keys content, id" in told and "--field" in told
         call(prepare, name, "--tokenizer", "byte", "--field", "content", "--val_fraction", 0.2)
         folder = Path("data", name[0])
         assert sorted(decoded(folder, "train") + decoded(folder, "val")) == sorted(texts)

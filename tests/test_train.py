@@ -15,6 +15,7 @@ import signal
 from functools import partial
 from pathlib import Path
 from shlex import split
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -635,6 +636,19 @@ def test_bad_input_is_one_sentence_before_the_first_step(refused, data, tmp_path
 def test_a_settings_file_is_checked_as_flags_are(refused, tmp_path, settings, told):
     (tmp_path / "c.json").write_text(json.dumps(settings))
     assert told in refused(train, "--config", "c.json")
+
+
+def test_the_plot_of_a_run_spans_its_losses(tmp_path):
+    written = [{"step": 1, "loss": 9.0}, {"step": 50, "loss": 3.0}, {"step": 75, "loss": float("nan")}]
+    written += [{"step": 100, "loss": 1.0}, {"step": 100, "val_loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, written)))
+    log = SimpleNamespace(path=tmp_path / "metrics.jsonl", config=SimpleNamespace(steps=100))
+    assert train.Log.plot(log, width=5, height=3).splitlines() == [
+        "  3.00 |. .  ",
+        "       |    o",
+        "  1.00 |    .",
+        "       +----- 100 steps",
+    ]
 
 
 def test_an_unknown_key_in_a_settings_file_is_refused(refused, tmp_path):
