@@ -199,9 +199,9 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     between, stall = 86400 / failures, state / COPY_BYTES_PER_SECOND
     interval = max(math.sqrt(2 * stall * between), state / WRITE_BYTES_PER_SECOND)  # Young, 1974
     lost = min(1.0, stall / interval + interval / (2 * between) + RESTART_SECONDS / between)
-    yield f"failures   {failures:,.2g} per day, assumed; at best {lost:.1%} of the time is lost, with a checkpoint of"
-    yield f"           {state / 1e9:,.1f} GB every {clock(interval)}, --save_every {max(1, round(interval / seconds))},"
-    yield f"           and restarts of {clock(RESTART_SECONDS)}, assumed"
+    restarts = f"{failures:,.2g} per day with restarts of {clock(RESTART_SECONDS)}, assumed"
+    yield f"failures   {restarts}: {lost:.1%} of the time is lost"
+    yield f"save       {state / 1e9:,.1f} GB every {clock(interval)}, --save_every {max(1, round(interval / seconds))}"
     if state > 1e12:
         warnings.append(f"rank 0 gathers a checkpoint of {state / 1e12:.1f} TB in its main memory")
     if lost > 0.1:

@@ -95,7 +95,9 @@ class Config(GPTConfig):
     micro_batch: int = 8  # sequences per forward and backward pass
     document_mask: bool = False  # keep attention and positions inside each document (of conversations: always)
 
-    optimizer: Literal["muon", "adamw"] = "muon"  # Muon for the blocks' matrices and AdamW for the rest, or only AdamW
+    optimizer: Literal["muon", "adamw"] = (
+        "muon"  # Muon (see the class) for the blocks' matrices and AdamW for the rest, or only AdamW
+    )
     lr: float = 8e-3  # peak learning rate
     warmup: float = 0.02  # fraction of the steps in which the learning rate rises
     decay: float = 0.5  # fraction of the steps, at the end, in which it falls to zero
@@ -205,7 +207,7 @@ def train(given: dict, resume: bool) -> None:
         for row in range(rank * rows, (rank + 1) * rows, config.micro_batch):
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, row)).generate_state(1)[0]))
             chosen = indices[row : row + config.micro_batch]
-            inputs, targets, documents = tensors(train_data.get(chosen), device)
+            inputs, targets, documents = on_device(train_data.get(chosen), device)
             sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
             with autocast:  # the sum is the mean over all targets, after the ranks' gradients are averaged
                 micro_loss = parallel(inputs, targets, documents) * (train_data.count(chosen) * world / n_targets)
@@ -367,6 +369,8 @@ def lock(run: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: the batch of a step is a function of (seed, step)
 
+Data = Windows | Conversations  # of a split
+
 
 def permute(numbers: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     """Map each of `numbers` to its place in a shuffle of 0 .. n-1 that depends on `key`, without storing the shuffle.
@@ -397,7 +401,7 @@ def batch_indices(n_windows: int, seed: int, step: int, rows: int) -> np.ndarray
     return indices
 
 
-def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | Conversations]:
+def load_data(config: Config) -> tuple[dict, Data, Data]:
     """The data set's meta.json and the windows of its two splits. Prepares the default data set if it does not exist.
     Sets what depends on the data: the number of steps, if epochs are given, and the vocabulary, if it is open."""
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -427,7 +431,7 @@ def load_data(config: Config) -> tuple[dict, Windows | Conversations, Windows | 
 
 def windows_of(
     split: str, shards: list[np.ndarray], config: Config, tokenizer: tiktoken.Encoding, is_chat: bool
-) -> Windows | Conversations:
+) -> Data:
     """The windows of a split, or the rows into which its conversations are packed. Ends the program if it has none."""
     if is_chat:
         windows = Conversations(shards, config.seq_len, tokenizer)
@@ -615,7 +619,7 @@ def lr_at(step: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Windows, config: Config, device: torch.device, autocast) -> tuple[float, float]:
+def evaluate(model: GPT, data: Data, config: Config, device: torch.device, autocast) -> tuple[float, float]:
     """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers, so that
     training continues as if there had been no evaluation."""
     n = min(data.n_windows, max(1, config.eval_tokens // config.seq_len))
@@ -627,7 +631,7 @@ def evaluate(model: GPT, data: Windows, config: Config, device: torch.device, au
     model.eval()
     losses, counts = [], []
     for i in range(0, share, config.micro_batch):
-        inputs, targets, documents = tensors(data.get(indices[i : i + config.micro_batch]), device)
+        inputs, targets, documents = on_device(data.get(indices[i : i + config.micro_batch]), device)
         with autocast:
             logits = model(inputs, documents=documents)
         each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
@@ -641,8 +645,8 @@ def evaluate(model: GPT, data: Windows, config: Config, device: torch.device, au
     return mean, math.sqrt(squares * n / (n - 1)) / n_targets if n > 1 else math.nan
 
 
-def tensors(arrays: tuple, device: torch.device) -> list[Tensor | None]:
-    """What Windows.get returns, on the device."""
+def on_device(arrays: tuple, device: torch.device) -> list[Tensor | None]:
+    """What Windows.get returns, as tensors on the device."""
     return [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
 
 
@@ -683,9 +687,9 @@ def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: flo
         prepare.write_json(run / "best.json", {**record, "val_loss": best_loss})
     best = read_best(run).get("file")
     for old in sorted(run.glob("step-*.json"))[:-keep]:
-        if (tensors := old.with_suffix(".pt")).name != best:
+        if (file := old.with_suffix(".pt")).name != best:
             old.unlink()
-            tensors.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 def read_best(run: Path) -> dict:
@@ -765,7 +769,7 @@ class Log(Console):
         except OSError as error:  # such as a full disk, which may have room again for the next checkpoint
             print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
 
-    def header(self, train_data: Windows, val_data: Windows, machine: dict[str, str]) -> None:
+    def header(self, train_data: Data, val_data: Data, machine: dict) -> None:
         config, tokens, flops = self.config, self.config.steps * self.config.batch_tokens, self.model.flops_per_token()
         n_cut, n_left_out = train_data.n_cut, train_data.n_left_out
         cut = f"; conversations cut: {n_cut:,}, left out: {n_left_out:,}" if n_cut or n_left_out else ""
