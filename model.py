@@ -76,7 +76,7 @@ class GPTConfig:
     logit_scale: float = 1.0  # multiplies logits
     tied: bool = False  # use the token embedding as the output matrix
     ngram_rows: int | None = None  # rows of the tables of embeddings of the last two and three tokens (default: none)
-    dropout: float = 0.0  # fraction of activations set to zero in training
+    dropout: float = 0.0  # fraction of the embeddings, and of what blocks add to them, set to zero in training
 
     RANGES = {  # noqa: RUF012 - smallest and largest legal value of each number, where that is not (1, HUGE)
         **dict.fromkeys(("balance_loss", "router_z_loss"), (0, HUGE)),
@@ -206,7 +206,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: float) -> Tensor:
+def capped_attention(q, k, v, attn_mask, is_causal, enable_gqa, cap: float) -> Tensor:
     """scaled_dot_product_attention with scores limited to (-cap, cap) before the mask (Gemma 2, Grok-1)."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # a no-op unless enable_gqa
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) / cap)
@@ -214,8 +214,7 @@ def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: 
         attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return F.dropout(weights, dropout_p) @ v
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -227,7 +226,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.layer, self.head_dim, self.dropout, self.grouped = layer, D, config.dropout, H != K
+        self.layer, self.head_dim, self.grouped = layer, D, H != K
         self.query = nn.Linear(C, H * D, bias=config.bias)
         self.key = nn.Linear(C, K * D, bias=config.bias)
         self.value = nn.Linear(C, K * D, bias=config.bias)
@@ -248,9 +247,8 @@ class Attention(nn.Module):
 
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
         causal = mask is None and T > 1  # a single new token sees all that are cached
-        y = self.attend(q, k, v, mask, dropout, is_causal=causal, enable_gqa=self.grouped)  # [B, H, T, D]
+        y = self.attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -520,7 +518,7 @@ PRESETS: dict[str, dict] = {
     "toy": dict(n_kv_head=2),
     "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
     "shakespeare-quick": dict(seq_len=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=64, n_inner=128, ngram_rows=16384),
-    "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
+    "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192, dropout=0.1),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),
