@@ -580,7 +580,7 @@ def newest_run(runs: str | Path = "runs") -> Path:
     """The folder in `runs` with the newest checkpoint."""
     records = list(Path(runs).glob("*/step-*.json"))
     if not records:
-        fail(f"there is no run in {runs}/: make one with python train.py")
+        fail(f"there is no checkpoint in {runs}/ yet: make one with python train.py")
     return max(records, key=lambda record: record.stat().st_mtime).parent
 
 

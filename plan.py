@@ -157,7 +157,8 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     loss, optimal = predicted_loss(active, tokens), optimal_tokens(active)
     critical = 2e8 / loss**4.76  # Kaplan et al., 2020
     yield f"tokens     {tokens:.3g} in {config.steps:,} steps; compute-optimal are {optimal:.3g}"
-    yield f"loss       {loss:.2f} by the scaling law of dense models on web text, extrapolated above 16B parameters"
+    beyond = ", extrapolated above 16B parameters" if active > 16e9 else ""
+    yield f"loss       {loss:.2f} by the scaling law of dense models on web text{beyond}"
     if config.batch_tokens > critical:
         warnings.append(f"batches above the critical size, about {critical:,.0f} tokens at this loss, gain little")
     if meta and "data" in given:
@@ -173,7 +174,8 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     yield f"compute    {flops * tokens:.3g} FLOP, {compute:,.3g} s per step"
     yield f"network    {traffic:,.3g} s per step on the slowest link; {waiting:,.3g} s do not overlap with compute"
     speed = f"{seconds:,.3g} s per step, {config.batch_tokens / seconds:,.0f} tokens/s"
-    yield f"time       {speed}: {days:,.1f} days, {days * 24 * gpus:,.0f} GPU-hours"
+    duration = f"{days:,.1f} days" if days > 1 else clock(days * 86400)
+    yield f"time       {speed}: {duration} without failures, {days * 24 * gpus:,.0f} GPU-hours"
     n_micro, per_gpu = config.batch_tokens // (config.micro_batch * config.seq_len), config.batch_tokens / gpus
     if n_micro % gpus:
         warnings.append(f"{gpus:,} processes cannot share {n_micro:,} micro-batches equally: train.py will refuse")
@@ -187,12 +189,12 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     used, listed = sum(parts.values()), ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items())
     yield f"memory     {used / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB per GPU: {listed}"
     if used > device.memory:
-        divisors = (s for s in range(shard + 1, gpus + 1) if gpus % s == 0)
-        smallest = next((s for s in divisors if sum(memory_parts(model, config, s).values()) <= device.memory), None)
-        too_large = f"activations of a micro-batch take {parts['activations'] / 1e9:,.0f} GB with any --shard"
+        needed = {s: sum(memory_parts(model, config, s).values()) for s in range(shard, gpus + 1) if gpus % s == 0}
+        smallest = next((s for s, size in needed.items() if size <= device.memory), None)
+        too_large = f"it takes {min(needed.values()) / 1e9:,.0f} GB with any --shard"
         if not config.recompute:
             kept = memory_parts(model, replace(config, recompute=True), shard)["activations"]
-            too_large += f", {kept / 1e9:,.0f} GB with --recompute"
+            too_large += f"; with --recompute {(parts['activations'] - kept) / 1e9:,.0f} GB less"
         warnings.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
 
     failures, state = FAILURES_PER_GPU_DAY * gpus, checkpoint_bytes(model, config)
@@ -257,3 +259,7 @@ def main(given: dict, resume: bool) -> None:
         train.launch(local_plan, given)
     else:
         print("\n".join(cluster_plan(given, gpu, gpus, mfu)))
+
+
+if __name__ == "__main__":
+    fail("plans are made by python train.py --plan")

@@ -151,7 +151,7 @@ def prepare(
     texts = [token_bytes(encoding, token).decode(errors="replace") for token in tokens.tolist()]
     if chat:  # in braces what the loss counts
         texts = [f"{{{text}}}" if counts else text for text, counts in zip(texts, answer_mask(encoding, tokens))]
-    say(f"held-out text begins with the tokens {repr('|'.join(texts))}")
+    say(f"held-out text begins, with | between tokens: {repr('|'.join(texts))}")
     line = "{:5} {documents:9,} documents {bytes:13,} bytes {tokens:13,} tokens, {:.2f} bytes per token"
     for split, sizes in splits.items():
         say(line.format(split, sizes["bytes"] / sizes["tokens"], **sizes))
@@ -472,7 +472,8 @@ def default_corpus() -> list[Path]:
     """The standard library of the Python that runs this: real text, on every machine, without a download."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+    paths = (path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+    return sorted(path for path in paths if path.stat().st_size > 0)
 
 
 def download(url: str, folder: Path) -> Path:
@@ -544,7 +545,7 @@ def usable_records(path: Path, field: str | None, use: Callable, skipped: Counte
                 record = json.loads(record) if isinstance(record, bytes) else record
                 used = use(record)
             except (ValueError, RecursionError):
-                reasons["records that are not JSON in Unicode"] += 1
+                reasons["records that are not valid JSON"] += 1
             except Unusable as error:
                 reasons[str(error)] += 1
                 if isinstance(record, dict):

@@ -1,7 +1,7 @@
 """Generate text with a trained model.
 
     python sample.py                                         continue an empty document with the newest run
-    python sample.py runs/toy-1 --prompt 'def ' --n 3        three continuations of a prompt, by a run
+    python sample.py runs/toy-1 --prompt 'def' --n 3         three continuations of a prompt, by a run
     python sample.py runs/toy-1/best.json --temperature 0    the most likely text of a checkpoint, always the same
     python sample.py downloads/Qwen3-0.6B --prompt 'Once '   a published model, in Hugging Face's layout
     python sample.py --interactive                           ask for one prompt after another, until an empty line
@@ -255,7 +255,7 @@ def main() -> None:
     if args.chat:
         chat(model, tokenizer, args, **options)
     elif args.interactive:
-        while prompt := input("> "):
+        while prompt := input("> " if sys.stdin.isatty() else ""):
             write(model, tokenizer, prompt, args, **options)
     else:
         write(model, tokenizer, args.prompt, args, **options)

@@ -772,7 +772,7 @@ class Log(Console):
     def header(self, train_data: Data, val_data: Data, machine: dict) -> None:
         config, tokens, flops = self.config, self.config.steps * self.config.batch_tokens, self.model.flops_per_token()
         n_cut, n_left_out = train_data.n_cut, train_data.n_left_out
-        cut = f"; conversations cut: {n_cut:,}, left out: {n_left_out:,}" if n_cut or n_left_out else ""
+        cut = f"; cut to seq_len: {n_cut:,}, left out: {n_left_out:,}" if n_cut or n_left_out else ""
         epochs = f"{tokens / (train_data.n_windows * config.seq_len):.2f} epochs, {tokens * flops:.3g} FLOP"
         lines = {
             "run": config.out,
@@ -837,8 +837,8 @@ class Log(Console):
             self.line(f"the run is in {self.config.out}; next: python sample.py {self.config.out} {flag}")
 
     def plot(self, width: int = 64, height: int = 8) -> str:
-        """The losses of the run in characters, "." of steps and "o" of evaluations. Those of the first steps, which
-        would leave little room for the others, are moved to the top line."""
+        """The losses of the run in characters, "." of steps and "o" of evaluations. Losses of the first steps that
+        would leave little room for the others are "^" in the top line."""
         rows = [json.loads(row) for row in self.path.read_text(encoding="utf-8").splitlines()]
         marks = [(row["step"], row["loss"], ".") for row in rows if "loss" in row]
         marks += [(row["step"], row["val_loss"], "o") for row in rows if "val_loss" in row]
@@ -848,7 +848,8 @@ class Log(Console):
         lines = [[" "] * width for _ in range(height)]
         for step, loss, mark in marks:
             depth = max(0.0, high - loss) / max(high - low, 1e-9)
-            lines[min(round(depth * (height - 1)), height - 1)][round(step / self.config.steps * (width - 1))] = mark
+            line = lines[min(round(depth * (height - 1)), height - 1)]
+            line[round(step / self.config.steps * (width - 1))] = mark if loss <= high else "^"
         labels = [f"{high:.2f}", *[""] * (height - 2), f"{low:.2f}"]
         drawn = [f"{label:>6} |{''.join(line)}" for label, line in zip(labels, lines)]
         return "\n".join([*drawn, f"{'':6} +{'-' * width} {self.config.steps:,} steps"])

@@ -64,10 +64,11 @@ def main() -> None:
 
         tried = {Config.lr: run(Config.lr, SEEDS[0])[0]}
         for factor in (2, 0.5):
-            rate = Config.lr
-            while tried[rate] == min(tried.values()):
-                rate *= factor
+            rate, helps = Config.lr, True
+            while helps:
+                before, rate = rate, rate * factor
                 tried[rate] = run(rate, SEEDS[0])[0]
+                helps = tried[rate] < tried[before]
         best = min(tried, key=tried.get)
         results = [run(best, seed) for seed in SEEDS]
         return results[0][1], best, [loss for loss, _ in results]

@@ -106,7 +106,7 @@ def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_pat
         "conversations without an answer, or with an empty one; one has the keys messages (3)",
         "records that are not conversations; one has the keys title",
         "a message that is not text, or that has no known role; one has the keys messages (6)",
-        "records that are not JSON in Unicode (2)",
+        "records that are not valid JSON (2)",
         "book.txt: not a file of conversations",
     ):
         assert told in printed

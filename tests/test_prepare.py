@@ -224,7 +224,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
         "cut.txt: not UTF-8",
         "empty.txt: empty",
         "without text in --field 'text'; one has the keys body (4)",
-        "records that are not JSON in Unicode",
+        "records that are not valid JSON",
         "torn.jsonl.gz",
     ):
         assert told in printed

@@ -601,7 +601,7 @@ def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path
         (["--preset", "gpt9"], "gpt9"),
         (["--data", "data/nowhere"], "data/nowhere"),
         (["--config", "nowhere.json"], "nowhere.json"),
-        (["--resume"], "there is no run in runs/"),
+        (["--resume"], "there is no checkpoint in runs/"),
         (["--init", "nowhere"], "no checkpoint"),
         (["--batch_tokens", 100], "use 64 or 128"),
         (["--batch_tokens", 10], "use 64"),
@@ -644,7 +644,7 @@ def test_the_plot_of_a_run_spans_its_losses(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, written)))
     log = SimpleNamespace(path=tmp_path / "metrics.jsonl", config=SimpleNamespace(steps=100))
     assert train.Log.plot(log, width=5, height=3).splitlines() == [
-        "  3.00 |. .  ",
+        "  3.00 |^ .  ",
         "       |    o",
         "  1.00 |    .",
         "       +----- 100 steps",
