@@ -75,7 +75,7 @@ def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
     # In addition to the float32 weights: with shards, two blocks gathered in the run's dtype; else autocast's copies.
     root = n - sum(p.numel() for p in model.blocks.parameters())
     if shard > 1:  # the root's parameters stay gathered in float32, with a copy for products
-        copies = 2 * size * block + (4 + size) * root
+        copies = 2 * size * block + (4 + size * (config.dtype != "float32")) * root
         whole = (4 + size) * block + 4 * root  # gradients of a block, before and in their reduction, and of the root
     else:
         copies, whole = size * n if config.dtype != "float32" else 0, 0
@@ -213,7 +213,7 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
 
 def local_plan(given: dict) -> None:
     """Train a few steps in a temporary folder, and print what the whole run will take on this machine."""
-    trial = {"stop_at": min(5, train.build_config(given).steps), "log_every": 1, "eval_tokens": 1}
+    trial = {"stop_at": min(5, given.get("steps") or 5), "log_every": 1, "eval_tokens": 1}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train.train({**given, **trial, "out": train.from_rank_0(folder)}, resume=False)
         if dist.get_rank() > 0:
@@ -223,7 +223,8 @@ def local_plan(given: dict) -> None:
     speeds = [row["tokens_per_second"] for row in rows if "loss" in row]
     seconds = config.batch_tokens / statistics.median(speeds[1:] or speeds)  # the first step warms up
     n_val = load_dataset(config.data, verify=False)[0]["val"]["tokens"]
-    evaluated = min(given.get("eval_tokens", Config.eval_tokens), n_val) * math.ceil(config.steps / config.eval_every)
+    evaluations = math.ceil(config.steps / config.eval_every) + bool(config.init)
+    evaluated = min(given.get("eval_tokens", Config.eval_tokens), n_val) * evaluations
     evaluation = evaluated * seconds / config.batch_tokens / 3  # a forward pass is a third of a step
     with torch.device("meta"):
         model = GPT(config)
@@ -254,7 +255,7 @@ def main(given: dict, resume: bool) -> None:
     if tokens is not None:
         if not 1 <= tokens < 1e18:
             fail(f"--tokens {tokens} is not between 1 and 1e18")
-        given["steps"] = math.ceil(tokens / train.build_config(given).batch_tokens)
+        given |= {"steps": math.ceil(tokens / train.build_config(given).batch_tokens), "epochs": None}
     if gpus is None:
         train.launch(local_plan, given)
     else:

@@ -92,7 +92,7 @@ def prepare(
     if val_fraction is None:
         val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
     if out.exists():
-        fail(f"{out} already exists: remove it first, or choose another --out")
+        fail(f"{out} already exists: choose another --out" + ", or remove it first" * (out / "meta.json").exists())
     if foreign := [path for path in partial.glob("*") if not regex.fullmatch(OUR_FILES, path.name)]:
         fail(f"{partial} is needed for unfinished data, but it holds {foreign[0].name}: choose another --out")
     if not 0 < val_fraction < 1:
@@ -401,7 +401,7 @@ def answer_mask(tokenizer: tiktoken.Encoding, tokens: np.ndarray) -> np.ndarray:
     template = template_of(tokenizer)
     header = encode(tokenizer, Control(template.header.format(role="assistant")))
     end = tokenizer.encode_single_token(template.end)
-    mask, ends = np.zeros(len(tokens), bool), np.flatnonzero(tokens == end)
+    mask, ends = np.zeros(len(tokens), bool), np.append(np.flatnonzero(tokens == end), len(tokens))
     headers = (np.lib.stride_tricks.sliding_window_view(tokens, len(header)) == header).all(1)
     begins = np.flatnonzero(headers) + len(header)
     for begin, last in zip(begins, ends[np.searchsorted(ends, begins)]):
@@ -473,7 +473,7 @@ def default_corpus() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__"}
     paths = (path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
-    return sorted(path for path in paths if path.stat().st_size > 0)
+    return sorted(path for path in paths if path.is_file() and path.stat().st_size > 0)
 
 
 def download(url: str, folder: Path) -> Path:
@@ -923,7 +923,8 @@ class Conversations:
     def __init__(self, shards: list[np.ndarray], seq_len: int, tokenizer: tiktoken.Encoding):
         tokens = np.concatenate(shards)
         mask = answer_mask(tokenizer, tokens)
-        answer_ends = np.append(-1, np.flatnonzero(mask[:-1] & ~mask[1:]))
+        is_end = tokens == tokenizer.encode_single_token(template_of(tokenizer).end)
+        answer_ends = np.append(-1, np.flatnonzero(mask & is_end))
         stops = np.flatnonzero(tokens == tokenizer.eot_token)
         starts = np.append(0, stops[:-1] + 1)
         limits = np.minimum(stops, starts + seq_len + 1)

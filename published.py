@@ -75,7 +75,7 @@ def load_model(path: str | Path, chat: bool = False) -> tuple[GPT, tiktoken.Enco
         config = GPTConfig(**model_settings(state["config"]))
         return model_with(config, state["model"]), tokenizer_from_dict(state["tokenizer"]), source
     except Exception as error:  # noqa: BLE001 - as above
-        fail(f"{source} holds no model: {(str(error) or type(error).__name__).splitlines()[0]}")
+        fail(f"{source} holds no model ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,13 +208,18 @@ def layout(family: Family, model: GPT) -> dict[str, list[str]]:
 def open_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors or pytorch_model.bin, or of parts like model-00001-of-00002.safetensors. Files
     are memory mapped: a tensor takes memory only when it is used. Nothing in them is executed."""
-    if paths := sorted(folder.glob("model*.safetensors")):
+
+    def files_of(stem: str, suffix: str) -> list[Path]:
+        whole = folder / f"{stem}.{suffix}"
+        return [whole] if whole.exists() else sorted(folder.glob(f"{stem}-*-of-*.{suffix}"))
+
+    if paths := files_of("model", "safetensors"):
         try:
             from safetensors.torch import load_file
         except ImportError:
             raise ValueError(f"{paths[0]} needs safetensors: pip install safetensors") from None
         files = [load_file(path) for path in paths]
-    elif paths := sorted(folder.glob("pytorch_model*.bin")):
+    elif paths := files_of("pytorch_model", "bin"):
         files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
     else:
         raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")

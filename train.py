@@ -95,9 +95,7 @@ class Config(GPTConfig):
     micro_batch: int = 8  # sequences per forward and backward pass
     document_mask: bool = False  # keep attention and positions inside each document (of conversations: always)
 
-    optimizer: Literal["muon", "adamw"] = (
-        "muon"  # Muon (see the class) for the blocks' matrices and AdamW for the rest, or only AdamW
-    )
+    optimizer: Literal["muon", "adamw"] = "muon"  # Muon for the blocks' matrices and AdamW for the rest, or only AdamW
     lr: float = 8e-3  # peak learning rate
     warmup: float = 0.02  # fraction of the steps in which the learning rate rises
     decay: float = 0.5  # fraction of the steps, at the end, in which it falls to zero
@@ -152,7 +150,7 @@ RECIPES: dict[str, dict] = {
     "toy": {},
     "grok-toy": {},
     "shakespeare-quick": dict(SHAKESPEARE, batch_tokens=1536, micro_batch=24, steps=80, lr=3.2e-2, decay=0.7),
-    "shakespeare": dict(SHAKESPEARE, steps=1600, weight_decay=0.4, decay=0.7),
+    "shakespeare": dict(SHAKESPEARE, steps=1500, weight_decay=0.4, decay=0.7),
     "gpt2": dict(FROM_SCRATCH, data="data/gpt2", micro_batch=16),
 }
 # How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
@@ -411,7 +409,8 @@ def load_data(config: Config) -> tuple[dict, Data, Data]:
             prepare.prepare([], Config.data)
         dist.barrier()
     meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
-    check_same("data set", {"meta.json": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()})
+    compared = json.dumps({**meta, "sources": None}, sort_keys=True)  # these may be at another place on each node
+    check_same("data set", {"SHA-256 of meta.json": hashlib.sha256(compared.encode()).hexdigest()})
     tokenizer, is_chat = prepare.tokenizer_from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
     train_data, val_data = (windows_of(split, shards[split], config, tokenizer, is_chat) for split in prepare.SPLITS)
     if config.epochs:
@@ -748,7 +747,8 @@ class Log(Console):
         self.first = self.last = (step, time.monotonic())  # at the start, and at the previous line
         if dist.get_rank() == 0:
             rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            rows = [row for row in rows if (found := re.match(r'{"step": (\d+), .*}$', row)) and int(found[1]) <= step]
+            found = ((row, re.match(r'{"step": (\d+), .*}$', row)) for row in rows if step > 0)
+            rows = [row for row, match in found if match and int(match[1]) <= step]
             with prepare.written_whole(self.path) as file:
                 file.write("".join(row + "\n" for row in rows).encode())
             with contextlib.suppress(ImportError):
@@ -839,12 +839,15 @@ class Log(Console):
     def plot(self, width: int = 64, height: int = 8) -> str:
         """The losses of the run in characters, "." of steps and "o" of evaluations. Losses of the first steps that
         would leave little room for the others are "^" in the top line."""
-        rows = [json.loads(row) for row in self.path.read_text(encoding="utf-8").splitlines()]
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # torn by a full disk
+                rows.append(json.loads(line))
         marks = [(row["step"], row["loss"], ".") for row in rows if "loss" in row]
         marks += [(row["step"], row["val_loss"], "o") for row in rows if "val_loss" in row]
         marks = [mark for mark in marks if math.isfinite(mark[1])]
-        scale = [loss for step, loss, _ in marks if step > self.config.steps / 20] or [0.0]
-        low, high = min(scale), max(scale)
+        low = min((loss for _, loss, _ in marks), default=0.0)
+        high = max((loss for step, loss, _ in marks if step > self.config.steps / 20), default=low)
         lines = [[" "] * width for _ in range(height)]
         for step, loss, mark in marks:
             depth = max(0.0, high - loss) / max(high - low, 1e-9)
@@ -1008,7 +1011,7 @@ def watch_for_stop(parent: int) -> Callable[[], bool]:
 
 def silent_ranks(store: dist.Store, rank: int, world: int) -> list[int]:
     """The ranks that do not answer, after an operation between ranks has failed and the connections are closed. Ends
-    the program if that was because rank 0 has ended with a message."""
+    the program if that was because a rank has ended with a message."""
     try:
         store.append("answers", f"{rank} ")
         time.sleep(3)
@@ -1119,13 +1122,16 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: fewer page faults on Linux
     prepare.tolerate_streams()
     given = vars(make_parser().parse_args())
+    is_plan = given.pop("plan", False)
+    if not is_plan and (only_plans := given.keys() & {"gpus", "gpu", "mfu", "tokens"}):
+        fail(f"--{min(only_plans)} is for plans: add --plan")
     if "steps" in given and "epochs" in given:
         fail("give --steps or --epochs, not both")
     if "steps" in given:
         given["epochs"] = None
     resume, settings = given.pop("resume", False), given.pop("config", {})
     given = {**settings, **given}
-    if given.pop("plan", False):
+    if is_plan:
         import plan
 
         return plan.main(given, resume)

@@ -9,6 +9,7 @@ rate with seed 1 for as long as that helps, then trains at the best rate with th
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ SEEDS = (1, 2, 3)
 def train(out: Path, flags: list[str]) -> tuple[float, str]:
     """Train on one thread, or take the result of an earlier try. Returns val_loss and the printed parameter count."""
     if not (out / "printed.txt").exists():
+        shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         printed = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout

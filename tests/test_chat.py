@@ -114,6 +114,13 @@ def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_pat
     assert meta["train"]["documents"] + meta["val"]["documents"] == 60 and meta["tokenizer"]["chat"]
 
 
+def test_an_answer_longer_than_the_preview_is_no_problem(call, capsys, tmp_path):
+    records = [{"question": f"{i}?", "answer": "a long answer " * 30} for i in range(30)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
+    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.3)
+    assert "{a}|{ }|{l}" in capsys.readouterr().err
+
+
 def test_parquet_holds_conversations_too(call, tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist([{"messages": talk(words(3, i), "yes")} for i in range(40)])

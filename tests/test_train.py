@@ -638,10 +638,16 @@ def test_a_settings_file_is_checked_as_flags_are(refused, tmp_path, settings, to
     assert told in refused(train, "--config", "c.json")
 
 
+def test_every_setting_is_a_flag():
+    flags = {action.dest for action in train.make_parser()._actions}
+    assert {f.name for f in dataclasses.fields(train.Config)} <= flags
+
+
 def test_the_plot_of_a_run_spans_its_losses(tmp_path):
     written = [{"step": 1, "loss": 9.0}, {"step": 50, "loss": 3.0}, {"step": 75, "loss": float("nan")}]
     written += [{"step": 100, "loss": 1.0}, {"step": 100, "val_loss": 2.0}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, written)))
+    torn = '{"step": 80, "lo'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, written), torn]))
     log = SimpleNamespace(path=tmp_path / "metrics.jsonl", config=SimpleNamespace(steps=100))
     assert train.Log.plot(log, width=5, height=3).splitlines() == [
         "  3.00 |^ .  ",
