@@ -521,7 +521,7 @@ PRESETS: dict[str, dict] = {
     "toy": dict(n_kv_head=2),
     "grok-toy": dict(GROK, n_kv_head=2, n_inner=192),
     "shakespeare-quick": dict(seq_len=64, n_layer=1, n_head=2, n_kv_head=1, n_embd=64, n_inner=128, ngram_rows=16384),
-    "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192, dropout=0.1),
+    "shakespeare": dict(seq_len=256, n_layer=4, n_head=3, n_embd=192),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),

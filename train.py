@@ -150,7 +150,7 @@ RECIPES: dict[str, dict] = {
     "toy": {},
     "grok-toy": {},
     "shakespeare-quick": dict(SHAKESPEARE, batch_tokens=1536, micro_batch=24, steps=80, lr=3.2e-2, decay=0.7),
-    "shakespeare": dict(SHAKESPEARE, steps=1400, weight_decay=0.4, decay=0.7),
+    "shakespeare": dict(SHAKESPEARE, batch_tokens=8192, steps=480, weight_decay=0.4),
     "gpt2": dict(FROM_SCRATCH, data="data/gpt2", micro_batch=16),
 }
 # How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
