@@ -78,7 +78,7 @@ class GPTConfig:
     logit_scale: float = 1.0  # multiplies logits
     tied: bool = False  # use the token embedding as the output matrix
     ngram_rows: int | None = None  # rows of the tables of embeddings of the last two and three tokens (default: none)
-    dropout: float = 0.0  # fraction of the embeddings, and of what blocks add to them, set to zero in training
+    dropout: float = 0.0  # fraction of activations set to zero in training
 
     RANGES = {  # noqa: RUF012 - smallest and largest legal value of each number, where that is not (1, HUGE)
         **dict.fromkeys(("balance_loss", "router_z_loss"), (0, HUGE)),
@@ -208,7 +208,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def capped_attention(q, k, v, attn_mask, is_causal, enable_gqa, cap: float) -> Tensor:
+def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: float) -> Tensor:
     """scaled_dot_product_attention with scores limited to (-cap, cap) before the mask (Gemma 2, Grok-1)."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # a no-op unless enable_gqa
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) / cap)
@@ -216,7 +216,8 @@ def capped_attention(q, k, v, attn_mask, is_causal, enable_gqa, cap: float) -> T
         attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf)
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return F.dropout(weights, dropout_p) @ v
 
 
 class Attention(nn.Module):
@@ -228,7 +229,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.layer, self.head_dim, self.grouped = layer, D, H != K
+        self.layer, self.head_dim, self.dropout, self.grouped = layer, D, config.dropout, H != K
         self.query = nn.Linear(C, H * D, bias=config.bias)
         self.key = nn.Linear(C, K * D, bias=config.bias)
         self.value = nn.Linear(C, K * D, bias=config.bias)
@@ -249,8 +250,9 @@ class Attention(nn.Module):
 
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
         causal = mask is None and T > 1  # a single new token sees all that are cached
-        y = self.attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)  # [B, H, T, D]
+        y = self.attend(q, k, v, mask, dropout, is_causal=causal, enable_gqa=self.grouped)  # [B, H, T, D]
         return self.out(y.transpose(1, 2).flatten(2))
 
 
