@@ -1014,13 +1014,15 @@ def silent_ranks(store: dist.Store, rank: int, world: int) -> list[int]:
     the program if that was because a rank has ended with a message."""
     try:
         store.append("answers", f"{rank} ")
-        time.sleep(3)
-        answers = store.get("answers").decode().split()
+        for _ in range(30):
+            time.sleep(0.1)
+            answers = store.get("answers").decode().split()
+            if "refused" in answers:
+                store.append("answers", "refused ")  # rank 0 waits for it
+                sys.exit(2)
         time.sleep(2)  # rank 0 may host the store that the others ask
     except dist.DistError:
         return [0]
-    if "refused" in answers:
-        sys.exit(2)
     return [other for other in range(world) if str(other) not in answers]
 
 
@@ -1108,7 +1110,7 @@ def launch(work: Callable, given: dict, *more) -> None:
     dist.destroy_process_group()
     if status and world > 1:
         store.append("answers", "refused ")
-        leave = time.monotonic() + 4  # rank 0 may host the store that the others ask, unless all have refused
+        leave = time.monotonic() + 4  # rank 0 may host the store that the others ask
         while rank == 0 and store.get("answers").count(b"refused") < world and time.monotonic() < leave:
             time.sleep(0.1)
     if trace:

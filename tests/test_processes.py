@@ -136,6 +136,17 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):
     assert load_checkpoint(tmp_path / "r")[0]["step"] == step
 
 
+def test_a_rank_that_refuses_its_input_speaks_for_all(data, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").touch()
+    ranks = Ranks(tmp_path, *SMALL, "--data", data, "--out", "taken", n=2)
+    for process in ranks.processes:
+        process.join(20)
+    assert [process.exitcode for process in ranks.processes] == [2, 2]
+    printed = ranks.finish(status=None).printed
+    assert printed.count("error") == 1 and "already holds a run" in printed
+
+
 def test_ranks_with_different_settings_are_named(data, tmp_path):
     ranks = Ranks(tmp_path, *SMALL, "--data", data, "--seed", lambda rank: rank, n=2)
     printed = ranks.finish(status=2).printed
