@@ -152,7 +152,7 @@ def dialogues(model, tokenizer: tiktoken.Encoding, data: Conversations) -> str:
     end of a training run."""
     texts = []
     for row in sorted({0, data.n_windows // 2, data.n_windows - 1}):
-        ids = data.tokens[row, : data.mask[row].argmax()].tolist()
+        ids = data.tokens[row, : max(1, data.mask[row].argmax())].tolist()
         steps = continuations(model.eval(), tokenizer, ids, 1, model.config.seq_len - len(ids), temperature=0)
         texts.append(tokenizer.decode(ids) + "".join(text for (text,) in steps))
     return "\n\n".join(texts)
