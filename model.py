@@ -453,17 +453,24 @@ def sample_next(
 
 @torch.no_grad()
 def generate(
-    model: GPT, tokens: Tensor, n_vocab: int | None = None, cache: KVCache | None = None, **options
+    model: GPT,
+    tokens: Tensor,
+    n_vocab: int | None = None,
+    cache: KVCache | None = None,
+    n_tokens: int | None = None,
+    **options,
 ) -> Iterator[Tensor]:
     """Yield the ids [B] that continue tokens [B, T], one step at a time, without end. `options` go to sample_next.
     `n_vocab` is the size of the tokenizer's vocabulary, where the model pads it with ids that have no meaning. A cache
-    from an earlier call saves computing again what both sequences begin with.
+    from an earlier call saves computing again what both sequences begin with. `n_tokens`, if it is known how many will
+    be drawn, keeps a new cache small.
 
     The first step computes the whole prompt (prefill), and each later one a single token (decoding), which takes as
     long as reading all weights and the cache. When the sequence outgrows the model's S positions, only its newest S / 2
     tokens are kept."""
     S = model.config.seq_len
-    cache = cache or KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype)
+    size = tokens.size(1) + n_tokens if n_tokens else S
+    cache = cache or KVCache(model.config, len(tokens), tokens.device, model.embedding.weight.dtype, size)
     n = min(cache.length, tokens.size(1) - 1)  # at least the last token is computed, for its logits
     n_common = int((cache.tokens[:, :n] == tokens[:, :n]).all(0).cumprod(0).sum())
     cache.tokens = cache.tokens[:, :n_common]

@@ -72,13 +72,12 @@ def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
     n, tokens, size = model.n_params(), config.micro_batch * config.seq_len, product_bytes(config)
     matrices = sum(p.numel() for p in muon_matrices(model, config))
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    # In addition to the float32 weights: with shards, two blocks gathered in the run's dtype; else autocast's copies.
     root = n - sum(p.numel() for p in model.blocks.parameters())
-    if shard > 1:  # the root's parameters stay gathered in float32, with a copy for products
-        copies = 2 * size * block + (4 + size * (config.dtype != "float32")) * root
+    autocast = size if config.dtype != "float32" else 0  # its copy of a weight
+    copies, whole = autocast * n, 0  # in addition to the float32 weights and their gradients
+    if shard > 1:  # two blocks are gathered in the run's dtype, and the root stays gathered in float32
+        copies = 2 * size * block + (4 + autocast) * root
         whole = (4 + size) * block + 4 * root  # gradients of a block, before and in their reduction, and of the root
-    else:
-        copies, whole = size * n if config.dtype != "float32" else 0, 0
     activations = size * tokens * activations_per_token(config)
     logits = (8 + size) * tokens * config.vocab_size  # logits, their softmax, their gradient
     if config.recompute:  # the blocks' inputs, and what one block needs beyond the space of the logits, free by then

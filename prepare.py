@@ -92,7 +92,8 @@ def prepare(
     if val_fraction is None:
         val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
     if out.exists():
-        fail(f"{out} already exists: choose another --out" + ", or remove it first" * (out / "meta.json").exists())
+        advice = ", or remove it first" if (out / "meta.json").exists() else ""  # else it may be a user's
+        fail(f"{out} already exists: choose another --out{advice}")
     if foreign := [path for path in partial.glob("*") if not regex.fullmatch(OUR_FILES, path.name)]:
         fail(f"{partial} is needed for unfinished data, but it holds {foreign[0].name}: choose another --out")
     if not 0 < val_fraction < 1:
@@ -118,7 +119,7 @@ def prepare(
             return split_pieces(files, field, val_fraction, val_tail, counts)
         template = CHATML if isinstance(encoding, int) else template_of(encoding)
         talks = conversations(files, val_fraction, counts) if inputs else stdlib_conversations(files, val_fraction)
-        return ((split, part) for split, _, messages in talks for part in (*parts(template, messages), None))
+        return ((split, part) for split, *_, messages in talks for part in (*parts(template, messages), None))
 
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
@@ -623,6 +624,8 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
         end = cut.end() if cut else len(rest)  # if there is no good place to cut, cut anywhere
         yield rest[:end]
         rest = rest[end:]
+    if rest:  # the file became shorter while it was read
+        yield rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -631,10 +634,8 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
 
 
-def conversations(
-    files: list[Path], val_fraction: float, skipped: Counter[str]
-) -> Iterator[tuple[str, str, list[Message]]]:
-    """Yield the split, no kind, and the messages of each conversation. Equal first questions share a split."""
+def conversations(files: list[Path], val_fraction: float, skipped: Counter[str]) -> Iterator[tuple[str, list[Message]]]:
+    """Yield the split and the messages of each conversation. Equal first questions share a split."""
     for path in files:
         if not is_container(path):
             skipped[f"{path}: not a file of conversations"] += 1
@@ -642,7 +643,7 @@ def conversations(
         for messages in usable_records(path, None, messages_in, skipped):
             roles = [message["role"] for message in messages]
             asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages
-            yield split_of(json.dumps(asked).encode(), val_fraction), "", messages
+            yield split_of(json.dumps(asked).encode(), val_fraction), messages
 
 
 def holds_conversations(path: Path, field: str) -> bool:

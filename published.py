@@ -75,7 +75,8 @@ def load_model(path: str | Path, chat: bool = False) -> tuple[GPT, tiktoken.Enco
         config = GPTConfig(**model_settings(state["config"]))
         return model_with(config, state["model"]), tokenizer_from_dict(state["tokenizer"]), source
     except Exception as error:  # noqa: BLE001 - as above
-        fail(f"{source} holds no model ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+        reason = str(error).partition("\n")[0]
+        fail(f"{source} holds no model ({type(error).__name__}: {reason})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -107,14 +107,12 @@ def continuations(
     reached. `options` go to model.generate."""
     import torch
 
-    from model import KVCache, generate
+    from model import generate
 
-    weight = model.embedding.weight
-    tokens = torch.tensor([ids] * n, device=weight.device)
-    if "cache" not in options:
-        options["cache"] = KVCache(model.config, n, weight.device, weight.dtype, len(ids) + n_tokens)
+    tokens = torch.tensor([ids] * n, device=model.embedding.weight.device)
     decoders = [Decoder(tokenizer, stop) for _ in range(n)]
-    for new in islice(generate(model, tokens, n_vocab=tokenizer.n_vocab, **options), n_tokens):
+    steps = generate(model, tokens, n_vocab=tokenizer.n_vocab, n_tokens=n_tokens, **options)
+    for new in islice(steps, n_tokens):
         yield ["" if d.ended else d.feed(token) for d, token in zip(decoders, new.tolist())]
         if all(d.ended for d in decoders):
             return

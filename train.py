@@ -746,15 +746,22 @@ class Log(Console):
         self.path, self.board = Path(config.out, "metrics.jsonl"), None
         self.first = self.last = (step, time.monotonic())  # at the start, and at the previous line
         if dist.get_rank() == 0:
-            rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            found = ((row, re.match(r'{"step": (\d+), .*}$', row)) for row in rows if step > 0)
-            rows = [row for row, match in found if match and int(match[1]) <= step]
+            rows = [row for row in self.rows() if row["step"] <= step and step > 0]
             with prepare.written_whole(self.path) as file:
-                file.write("".join(row + "\n" for row in rows).encode())
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(config.out, purge_step=step + 1)
+
+    def rows(self) -> list[dict]:
+        """The rows of metrics.jsonl, without those that a full disk has torn."""
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError):
+                if re.match(r'{"step": \d+, .*}$', line):
+                    rows.append(json.loads(line))
+        return rows
 
     def record(self, **row) -> None:
         """Append a row to metrics.jsonl and to TensorBoard."""
@@ -820,7 +827,7 @@ class Log(Console):
         self.line(f"step {step:5,}/{self.config.steps:,}  {self.result}")
         self.record(**row)
         self.last = (step, time.monotonic())
-        if step == 0:
+        if step == 0:  # the time left counts from the first step
             self.first = self.last
 
     def end(self, step: int, text: str | None, flag: str) -> None:
@@ -839,10 +846,7 @@ class Log(Console):
     def plot(self, width: int = 64, height: int = 8) -> str:
         """The losses of the run in characters, "." of steps and "o" of evaluations. Losses of the first steps that
         would leave little room for the others are "^" in the top line."""
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # torn by a full disk
-                rows.append(json.loads(line))
+        rows = self.rows()
         marks = [(row["step"], row["loss"], ".") for row in rows if "loss" in row]
         marks += [(row["step"], row["val_loss"], "o") for row in rows if "val_loss" in row]
         marks = [mark for mark in marks if math.isfinite(mark[1])]
@@ -1009,21 +1013,35 @@ def watch_for_stop(parent: int) -> Callable[[], bool]:
     return lambda: any_rank(bool(received) or (under_torchrun and os.getppid() != parent))
 
 
+REFUSED = "refused"  # the answer of a rank that has ended with a message, or knows of one that has
+
+
+def roll_call(store: dist.Store, answer: str, seconds: float, enough: Callable[[list[str]], bool]) -> list[str]:
+    """Answer, and return the answers of the ranks after `seconds`, or once they are `enough`."""
+    store.append("answers", f"{answer} ")
+    end = time.monotonic() + seconds
+    while not enough(answers := store.get("answers").decode().split()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return answers
+
+
 def silent_ranks(store: dist.Store, rank: int, world: int) -> list[int]:
     """The ranks that do not answer, after an operation between ranks has failed and the connections are closed. Ends
     the program if that was because a rank has ended with a message."""
     try:
-        store.append("answers", f"{rank} ")
-        for _ in range(30):
-            time.sleep(0.1)
-            answers = store.get("answers").decode().split()
-            if "refused" in answers:
-                store.append("answers", "refused ")  # rank 0 waits for it
-                sys.exit(2)
+        answers = roll_call(store, str(rank), 3, lambda answers: REFUSED in answers)
+        if REFUSED in answers:
+            tell_refusal(store, rank, world)
+            sys.exit(2)
         time.sleep(2)  # rank 0 may host the store that the others ask
     except dist.DistError:
         return [0]
     return [other for other in range(world) if str(other) not in answers]
+
+
+def tell_refusal(store: dist.Store, rank: int, world: int) -> None:
+    """Let the other ranks end without a message. Rank 0 stays until they know, since it may host the store."""
+    roll_call(store, REFUSED, 4 if rank == 0 else 0, lambda answers: answers.count(REFUSED) >= world)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1104,15 +1122,13 @@ def launch(work: Callable, given: dict, *more) -> None:
         if world == 1 or torch.cuda.is_available():
             raise
         trace, reason = traceback.format_exc(), str(error).split(". ")[0]
-    # Outside of the except blocks, since the exception keeps the model alive, and with it the connections.
     if status and torch.cuda.is_available():  # destroying an NCCL group would wait for the other ranks
         sys.exit(status)
+    # Outside of the except blocks, since the exception keeps the model alive, and with it the connections.
     dist.destroy_process_group()
     if status and world > 1:
-        store.append("answers", "refused ")
-        leave = time.monotonic() + 4  # rank 0 may host the store that the others ask
-        while rank == 0 and store.get("answers").count(b"refused") < world and time.monotonic() < leave:
-            time.sleep(0.1)
+        with contextlib.suppress(dist.DistError):  # the store is gone
+            tell_refusal(store, rank, world)
     if trace:
         silent = ", ".join(map(str, silent_ranks(store, rank, world)))
         status = f"train.py: error: rank {silent} of {world} does not answer ({reason})" if silent else trace

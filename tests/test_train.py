@@ -648,8 +648,9 @@ def test_the_plot_of_a_run_spans_its_losses(tmp_path):
     written += [{"step": 100, "loss": 1.0}, {"step": 100, "val_loss": 2.0}]
     torn = '{"step": 80, "lo'
     (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, written), torn]))
-    log = SimpleNamespace(path=tmp_path / "metrics.jsonl", config=SimpleNamespace(steps=100))
-    assert train.Log.plot(log, width=5, height=3).splitlines() == [
+    log = train.Log.__new__(train.Log)
+    log.path, log.config = tmp_path / "metrics.jsonl", SimpleNamespace(steps=100)
+    assert log.plot(width=5, height=3).splitlines() == [
         "  3.00 |^ .  ",
         "       |    o",
         "  1.00 |    .",
