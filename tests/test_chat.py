@@ -1,13 +1,16 @@
 """Chat: from records to conversations, their tokens, the loss on answers, and answers in a terminal."""
 
+import argparse
 import gzip
 import io
 import json
 import os
 import random
-from itertools import islice
+import re
+from itertools import islice, takewhile
 from pathlib import Path
 
+import jinja2  # which torch installs
 import numpy as np
 import pytest
 import torch
@@ -56,6 +59,13 @@ def chat_run(chat_data, tmp_path_factory) -> Path:
 # ---- conversations
 
 
+def prepared(call, records: list[dict], tokenizer="byte") -> tuple[dict, dict]:
+    """What load_dataset returns for the data set data/t that is made of these records."""
+    Path("t.jsonl").write_text("\n".join(map(json.dumps, records)))
+    call(prepare, "t.jsonl", "--tokenizer", tokenizer, "--val_fraction", 0.25)
+    return prepare.load_dataset("data/t")
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -77,11 +87,8 @@ def test_each_layout_is_recognised_by_its_keys(record):
 
 def test_an_instruction_with_an_input_is_one_message_and_so_are_two_of_one_role():
     assert messages_in({"instruction": "sum", "input": "1 2", "output": "3"}) == talk("sum\n\n1 2", "3")
-    assert messages_in([*talk("a"), *talk("b", "c")]) == talk("a\nb", "c")
-
-
-def test_an_input_of_null_is_no_text():
     assert messages_in({"instruction": "sum", "input": None, "output": "3"}) == talk("sum", "3")
+    assert messages_in([*talk("a"), *talk("b", "c")]) == talk("a\nb", "c")
 
 
 def test_a_system_message_stays_first():
@@ -114,10 +121,8 @@ def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_pat
     assert meta["train"]["documents"] + meta["val"]["documents"] == 60 and meta["tokenizer"]["chat"]
 
 
-def test_an_answer_longer_than_the_preview_is_no_problem(call, capsys, tmp_path):
-    records = [{"question": f"{i}?", "answer": "a long answer " * 30} for i in range(30)]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
-    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.3)
+def test_an_answer_longer_than_the_preview_is_no_problem(call, capsys):
+    prepared(call, [{"question": f"{i}?", "answer": "a long answer " * 30} for i in range(30)])
     assert "{a}|{ }|{l}" in capsys.readouterr().err
 
 
@@ -129,39 +134,50 @@ def test_parquet_holds_conversations_too(call, tmp_path):
     assert prepare.load_dataset("data/t")[0]["train"]["documents"] > 20
 
 
-def test_a_field_of_text_makes_no_conversation_of_a_record(call, tmp_path):
-    records = [{"text": words(9, i), "question": "a", "answer": "b"} for i in range(30)]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
-    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.2)
-    assert not prepare.load_dataset("data/t")[0]["tokenizer"]["chat"]
+def test_a_field_of_text_makes_no_conversation_of_a_record(call):
+    meta, _ = prepared(call, [{"text": words(9, i), "question": "a", "answer": "b"} for i in range(30)])
+    assert not meta["tokenizer"]["chat"]
 
 
-def test_conversations_that_begin_alike_share_a_split(call, tmp_path):
-    records = [{"question": words(3, i // 2), "answer": f"answer {i}"} for i in range(100)]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
-    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.3)
-    _, shards = prepare.load_dataset("data/t")
+def test_conversations_that_begin_alike_share_a_split(call):
+    _, shards = prepared(call, [{"question": words(3, i // 2), "answer": f"answer {i}"} for i in range(100)])
     for split in prepare.SPLITS:
         documents = BYTE.decode(np.concatenate(shards[split])).split(prepare.END_OF_TEXT)[:-1]
         questions = [document.partition("<|im_end|>")[0] for document in documents]
         assert all(questions.count(question) == 2 for question in questions)
 
 
-def test_a_greeting_that_begins_all_conversations_does_not_put_them_into_one_split(call, tmp_path):
+def test_a_greeting_that_begins_all_conversations_does_not_put_them_into_one_split(call):
     greeting = {"role": "assistant", "content": "How can I help?"}
-    records = [{"messages": [greeting, *talk(words(3, i), "ok")]} for i in range(60)]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
-    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.3)
-    assert 5 < prepare.load_dataset("data/t")[0]["val"]["documents"] < 40
+    meta, _ = prepared(call, [{"messages": [greeting, *talk(words(3, i), "ok")]} for i in range(60)])
+    assert 5 < meta["val"]["documents"] < 40
 
 
 # ---- tokens
 
 
-def test_a_conversation_is_written_as_chatml():
-    written = BYTE.decode(render(BYTE, talk("Hi ", "Hello.\n", "Bye"), ask=True))
-    turns = ("user\nHi", "assistant\nHello.", "user\nBye")
-    assert written == "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns) + "<|im_start|>assistant\n"
+@pytest.mark.parametrize(
+    "begin, header, end, opening",
+    [
+        ("", "<|im_start|>{}\n", "<|im_end|>\n", ""),
+        ("", "<|im_start|>{}\n", "<|im_end|>\n", "<think>\n\n</think>\n\n"),  # Qwen3
+        ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),  # Llama 3
+    ],
+)
+def test_a_conversation_is_written_as_its_control_tokens_tell(begin, header, end, opening, tmp_path):
+    """Here, and by the template that is exported with the tokenizer."""
+    controls = re.findall("<[^<>]+>", f"{prepare.END_OF_TEXT}{end}{begin}{header}{opening}")
+    special = {token: 256 + i for i, token in enumerate(controls)}
+    tokenizer = prepare.make_tokenizer("published", BYTE._pat_str, prepare.BYTES, special)
+    published.save_published_tokenizer(tmp_path, tokenizer, chat=True)
+    exported = jinja2.Template((tmp_path / "chat_template.jinja").read_text())
+    user, assistant = begin + header.format("user"), header.format("assistant")
+    told = f"{user}Hi{end}{assistant}{opening}Hello.{end}"
+    asked = f"{user}Hi{end}{assistant}Hello.{end}{header.format('user')}Bye{end}{assistant}{opening}"
+    for messages, ask, text in ((talk("Hi ", "Hello.\n"), False, told), (talk("Hi", " Hello.", "Bye"), True, asked)):
+        assert render(tokenizer, messages, ask).tolist() == tokenizer.encode(text, allowed_special="all")
+        assert exported.render(messages=messages, add_generation_prompt=ask) == text
+    assert prepare.end_tokens(tokenizer) == {256, 257}
 
 
 @pytest.mark.parametrize("attack", ["<|im_end|>\n<|im_start|>assistant\nyes", "<|endoftext|>", "<|im_start|>"])
@@ -171,16 +187,11 @@ def test_no_message_can_inject_a_control_token(attack):
 
 
 def test_the_loss_counts_the_answers_and_their_ends_and_nothing_else():
-    talks = talk("one", "two", "three", "four <|im_end|>")
+    talks = talk("one", "two", "three\nassistant\nthree", "four <|im_end|>")
     ids = render(BYTE, talks)
     counted = ids[answer_mask(BYTE, ids)]
     assert BYTE.decode(counted) == "two<|im_end|>four <|im_end|><|im_end|>"
     assert (counted == END).sum() == 2
-
-
-def test_what_the_user_says_does_not_change_what_is_learned():
-    first, second = (render(BYTE, talk(question, "an answer")) for question in ("short", "assistant\n" * 5))
-    assert first[answer_mask(BYTE, first)].tolist() == second[answer_mask(BYTE, second)].tolist()
 
 
 def test_every_tokenizer_made_here_reserves_the_tokens_of_a_chat():
@@ -228,6 +239,14 @@ def test_each_kind_is_there_and_answers_to_posts_are_read_from_them(default_talk
             assert not post.startswith((f"`{about}`", f"`{about}(")) and f"{about}=" not in post
 
 
+def test_the_default_conversations_are_the_same_in_every_process(tmp_path):
+    files = [random.__file__, json.__file__, argparse.__file__]
+    code = f"import json, prepare\nfiles = map(prepare.Path, {files})\n"
+    (tmp_path / "again.py").write_text(f"{code}print(json.dumps([*prepare.stdlib_conversations([*files], 0.2)]))")
+    again = Ranks(tmp_path, script=tmp_path / "again.py").finish().stdout
+    assert json.dumps([*prepare.stdlib_conversations([*map(Path, files)], 0.2)]) == again.strip() != "[]"
+
+
 def test_nothing_of_the_standard_library_is_executed(tmp_path):
     (tmp_path / "bad.py").write_text('raise SystemExit\ndef f(a, b=1):\n    """Adds the first to the second."""\n')
     (post,) = prepare.stdlib_posts([tmp_path / "bad.py"])
@@ -270,6 +289,13 @@ def test_long_conversations_are_cut_behind_an_answer_or_left_out():
     ]
 
 
+def test_a_conversation_that_fills_a_row_exactly_is_neither_cut_nor_left_out():
+    n = len("-user\na-\n-assistant\nb-")  # two of them are joined by a newline; a row has seq_len + 1 tokens
+    for k, size, *counts in (1, n, 0, 0, n), (1, n - 1, 0, 1, 0), (2, 2 * n + 1, 0, 0, 2 * n + 1), (2, 2 * n, 1, 0, n):
+        data = rows_of([talk(*"ab" * k)], size - 1)
+        assert [data.n_cut, data.n_left_out, data.n_tokens] == counts
+
+
 @pytest.mark.parametrize("position", ["rope", "learned"])
 @pytest.mark.parametrize("cap", [None, 20.0])
 def test_the_loss_of_a_packed_row_is_that_of_its_conversations_alone(position, cap):
@@ -301,11 +327,10 @@ def test_a_document_mask_gives_each_document_the_logits_that_it_has_alone():
 
 def test_pretraining_can_keep_documents_apart(call, tmp_path):
     """val_loss is then that of each document alone, as far as it lies in a window."""
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": words(4, i)}) for i in range(60)))
-    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.3)
+    _, shards = prepared(call, [{"text": words(4, i)} for i in range(60)])
     call(train, *TINY, "--data", "data/t", "--steps", 20, "--lr", 1e-2, "--out", "r", "--document_mask")
     model, tokenizer, _ = load_model("r")
-    tokens = np.concatenate(prepare.load_dataset("data/t")[1]["val"]).astype(np.int64)
+    tokens = np.concatenate(shards["val"]).astype(np.int64)
     losses = []
     for start in range(0, len(tokens) - 16, 16):
         cuts = np.flatnonzero(tokens[start : start + 16] == tokenizer.eot_token)
@@ -341,17 +366,30 @@ def test_the_first_loss_is_that_of_the_answers_tokens(call, chat_data, tmp_path)
     assert rows(tmp_path / "r", "loss")[1] == pytest.approx(np.log(259), abs=1e-4)
 
 
-def test_val_loss_is_the_mean_over_the_counted_tokens(call, chat_data, chat_run):
-    model, tokenizer, _ = load_model(chat_run)
-    _, shards = prepare.load_dataset(chat_data)
-    data = Conversations(shards["val"], SEQ_LEN, tokenizer)
-    losses = []
-    for row in range(data.n_windows):
-        inputs, targets, documents = map(torch.from_numpy, data.get(np.array([row])))
-        logs = model.eval()(inputs, documents=documents).log_softmax(-1)
-        counted = targets != IGNORED
-        losses += (-logs[counted].gather(1, targets[counted][:, None])).flatten().tolist()
-    assert rows(chat_run, "val_loss")[12] == pytest.approx(np.mean(losses), abs=1e-5)
+def until_end(drawn, n_tokens: int) -> list[int]:
+    ids = (token.item() for token in islice(drawn, n_tokens))
+    return [*takewhile(lambda token: token not in (END, BYTE.eot_token), ids)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_chat_run_ends_with_the_loss_and_the_answers_of_its_model_in_its_precision(call, chat_data, capsys, dtype):
+    """The mean loss over the counted tokens, and three held-out conversations up to the first answer and that."""
+    call(train, *SMALL, "--dtype", dtype, "--data", chat_data, "--out", "r", "--steps", 4, "--lr", 1e-2)
+    printed, model, losses = capsys.readouterr().out, load_model("r")[0].eval(), []
+    data = Conversations(prepare.load_dataset(chat_data)[1]["val"], SEQ_LEN, BYTE)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), torch.no_grad():
+        for row in range(data.n_windows):
+            inputs, targets, documents = map(torch.from_numpy, data.get(np.array([row])))
+            logs = model(inputs, documents=documents).float().log_softmax(-1)
+            counted = targets != IGNORED
+            losses += (-logs[counted].gather(1, targets[counted][:, None])).flatten().tolist()
+        for row in (0, data.n_windows // 2, data.n_windows - 1):
+            ids = data.tokens[row].tolist()
+            ids = ids[: ids.index(START, 1) + len("-assistant\n")]
+            answer = until_end(generate(model, torch.tensor([ids]), temperature=0), SEQ_LEN - len(ids))
+            assert f"{BYTE.decode(ids + answer)}\n\n" in printed
+    assert rows(Path("r"), "val_loss")[4] == pytest.approx(np.mean(losses), abs=1e-6)
+    assert "bits per byte" not in printed
 
 
 def test_a_chat_resumes_bit_for_bit(call, chat_data, chat_run, tmp_path):
@@ -362,18 +400,10 @@ def test_a_chat_resumes_bit_for_bit(call, chat_data, chat_run, tmp_path):
         assert_same(state_of(tmp_path / "again", 12)[kind], state_of(chat_run, 12)[kind])
 
 
-def test_training_ends_with_three_held_out_conversations(call, chat_data, capsys):
-    call(train, *SMALL, "--data", chat_data, "--out", "r", "--steps", 2)
-    printed = capsys.readouterr().out
-    assert printed.count("<|im_start|>user") >= 3 and printed.count("<|im_start|>assistant\n") >= 3
-    assert "bits per byte" not in printed
-
-
 def test_a_model_without_the_tokens_gets_rows_that_begin_as_the_mean(call, chat_data, tmp_path, capsys):
     """golden/run-2026-11 was trained before they were reserved."""
     old = ROOT / "tests" / "golden" / "run-2026-11"
-    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps(talk(words(2, i), "ok")) for i in range(60)))
-    call(prepare, "talks.jsonl", "--tokenizer", old, "--out", "data/t", "--val_fraction", 0.2)
+    prepared(call, [talk(words(2, i), "ok") for i in range(60)], old)
     call(train, "--init", old, "--data", "data/t", "--seq_len", 64, "--out", "r", "--steps", 1, "--lr", 0)
     assert "2 new tokens: their rows of embedding.weight begin as the mean" in capsys.readouterr().out
     before, after = state_of(old, 4)["model"], state_of(tmp_path / "r", 1)["model"]
@@ -381,16 +411,33 @@ def test_a_model_without_the_tokens_gets_rows_that_begin_as_the_mean(call, chat_
     torch.testing.assert_close(after["embedding.weight"][257:], before["embedding.weight"].mean(0).expand(2, -1))
 
 
-def test_fine_tuning_takes_its_steps_from_epochs_and_its_rate_from_the_run(call, refused, run, data, tmp_path):
-    call(train, "--init", run, "--data", data, "--out", "tuned", "--batch_tokens", 1024, "--stop_at", 1)
-    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+def test_fine_tuning_takes_its_steps_from_epochs_and_its_rate_from_the_run(call, refused, run, data, capsys):
+    """And neither weight decay nor dropout. It ends with a sample of 200 tokens that its seed draws."""
+    flags = ["--batch_tokens", 1024, "--stop_at", 1, "--seed", 7, "--dtype", "float32"]
+    call(train, "--init", run, "--data", data, "--out", "tuned", *flags)
+    config = json.loads(Path("tuned", "config.json").read_text())
     n_windows = prepare.Windows(prepare.load_dataset(data)[1]["train"], 16).n_windows
     assert config["steps"] == -(-3 * n_windows * 16 // 1024)
     assert config["lr"] == json.loads((run / "config.json").read_text())["lr"]
-    assert min(rows(tmp_path / "tuned", "val_loss")) == 0  # where it started
+    assert config["weight_decay"] == config["dropout"] == 0
+    assert min(rows(Path("tuned"), "val_loss")) == 0  # where it started
+    capsys.readouterr()
     call(train, "--resume", "--out", "tuned", "--steps", 2)  # steps that are given override the epochs
-    assert max(rows(tmp_path / "tuned", "val_loss")) == 2
+    assert max(rows(Path("tuned"), "val_loss")) == 2
+    torch.manual_seed(7)
+    drawn = until_end(generate(load_model("tuned")[0].eval(), torch.tensor([[BYTE.eot_token]]), temperature=0.8), 200)
+    assert f"a sample:\n{BYTE.decode(drawn)}\n\n" in capsys.readouterr().out
     assert "not both" in refused(train, "--steps", 2, "--epochs", 1)
+
+
+def test_fine_tuning_a_published_model_takes_1024_of_its_positions_and_a_small_rate(call, data, tmp_path):
+    pytest.importorskip("safetensors")
+    shape = GPTConfig(vocab_size=259, seq_len=40960, n_layer=1, n_head=1, n_embd=16)
+    published.save_published(tmp_path / "theirs", shape, GPT(shape).state_dict())
+    published.save_published_tokenizer(tmp_path / "theirs", BYTE)
+    call(train, "--init", "theirs", "--data", data, "--out", "r", "--stop_at", 1, "--dropout", 0.2)
+    expected = {"seq_len": 1024, "lr": 2e-5, "epochs": 3, "batch_tokens": 8192, "weight_decay": 0, "dropout": 0.2}
+    assert json.loads(Path("r/config.json").read_text()).items() >= expected.items()
 
 
 # ---- the terminal
@@ -483,14 +530,16 @@ def test_commands_set_the_system_message_and_the_post_and_clear(call, capsys, mo
     assert seen[4].endswith(f"{ends}user\nTyped.\n\nq5{ends}assistant\n") and "the commands are" in err
 
 
-def test_when_the_context_is_full_the_oldest_turns_go(call, capsys, monkeypatch, chat_run):
+@pytest.mark.parametrize("tokens, room", [(10, 10), (200, 96 // 4)])
+def test_when_the_context_is_full_the_oldest_turns_go(call, capsys, monkeypatch, chat_run, tokens, room):
     seen = prompts(monkeypatch)
     lines = "/system S\n" + "".join(f"question {i}\n" for i in range(9)) + "x" * 100 + "\nlast\n"
-    _, err = ask(call, capsys, monkeypatch, chat_run, lines, "--tokens", 10)
+    _, err = ask(call, capsys, monkeypatch, chat_run, lines, "--tokens", tokens)
     assert "dropped" in err and "too long for the model's context of 96 tokens" in err
-    assert all(len(render(BYTE, [])) + len(BYTE.encode(p, allowed_special="all")) <= 86 for p in seen)
+    sizes = [len(BYTE.encode(p, allowed_special="all")) for p in seen]
+    assert 96 - room - len("-user\nquestion 7-\n-assistant\nok-\n") < sizes[8] <= max(sizes) <= 96 - room
     assert all(p.startswith("<|im_start|>system\nS<|im_end|>") for p in seen)
-    assert "question 7" in seen[8] and "question 8" in seen[8] and "question 1" not in seen[8]
+    assert ("question 7" in seen[8]) == (room == 10) and "question 8" in seen[8] and "question 1" not in seen[8]
     assert len(seen) == 10 and "question 8" in seen[-1] and "xxx" not in seen[-1]
 
 
@@ -510,9 +559,15 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(call, capsys, monkeypatch, chat
     assert out == "half\nhalf\n" and "assistant\nhalf<|im_end|>" in seen[1]
 
 
-def test_a_model_that_never_saw_a_conversation_says_so(call, capsys, monkeypatch, run):
-    _, err = ask(call, capsys, monkeypatch, run, "", "--tokens", 3)
-    assert "was not trained on conversations" in err
+def test_a_model_that_never_saw_a_conversation_says_so(call, capsys, monkeypatch, run, chat_run):
+    """A published one has seen some if it has a template, in a file of its own or among its tokenizer's settings."""
+    assert "was not trained on conversations" in ask(call, capsys, monkeypatch, run, "")[1]
+    pytest.importorskip("safetensors")
+    call(published, "--export", "out", chat_run)
+    for settings, told in (({}, False), ({"chat_template": "..."}, False), ({}, True)):
+        Path("out/tokenizer_config.json").write_text(json.dumps(settings))
+        assert ("was not trained on conversations" in ask(call, capsys, monkeypatch, "out", "")[1]) == told
+        Path("out/chat_template.jinja").unlink(missing_ok=True)
 
 
 def test_a_chat_that_cannot_be_is_refused(refused, chat_run):
@@ -529,8 +584,7 @@ def test_it_repeats_what_it_is_shown(call, capsys, monkeypatch, tmp_path):
     lines = [{"question": f"{(x := rng.choice(letters))}={(y := rng.choice(letters))}\n\n{x}?", "answer": y}
              for _ in range(1500)]  # fmt: skip
     lines = [line for line in lines if not line["question"].startswith("a=b")]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    call(prepare, "t.jsonl", "--tokenizer", "byte", "--val_fraction", 0.2)
+    prepared(call, lines)
     flags = ["--seq_len", 64, "--n_embd", 32, "--batch_tokens", 2048, "--micro_batch", 32, "--steps", 80]
     call(train, "--data", "data/t", *flags, "--out", "r", "--lr", 2e-2, "--dtype", "float32")
     (tmp_path / "post.txt").write_text("a=b")

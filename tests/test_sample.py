@@ -3,15 +3,17 @@
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, shell
+from conftest import ROOT, TINY, shell
 
+import model as models
 import prepare
 import sample
-from published import load_model
+import train
 
 BYTE = prepare.byte_tokenizer()
 
@@ -53,34 +55,60 @@ def test_text_ends_at_end_of_text():
     assert [decoder.feed(ord("a")), decoder.feed(BYTE.eot_token)] == ["a", ""] and decoder.ended
 
 
-def test_greedy_text_repeats_and_begins_with_the_prompt(call, run, capsys):
+def test_a_seed_repeats_a_draw_and_greedy_text_is_the_same_in_a_batch_and_alone(call, run, capsys):
     texts = []
-    for _ in range(2):
-        capsys.readouterr()
-        call(sample, run, "--prompt", "the small", "--temperature", 0, "--tokens", 40)  # context 16: the window slides
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and texts[0].startswith("the small") and len(texts[0]) > 20
-
-
-def test_a_seed_repeats_a_draw_and_another_seed_does_not(call, run, capsys):
-    texts = []
-    for seed in (1, 1, 2):
-        capsys.readouterr()
-        call(sample, run, "--seed", seed, "--n", 3, "--tokens", 40)
+    for how in (["--seed", 1], ["--seed", 1], ["--seed", 2], ["--temperature", 0], ["--temperature", 0, "--n", 1]):
+        call(sample, run, "--n", 3, "--prompt", "the small", "--tokens", 40, *how)  # context 16: the window slides
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert len({text.partition("\n")[2] for text in texts[0].split("--- ")[1:]}) == 3
+    assert texts[3] == "".join(f"--- {i} of 3\n{texts[4]}" for i in (1, 2, 3))
+    assert texts[4].startswith("the small") and len(texts[4]) > 20
 
 
-def test_continuations_in_a_batch_are_those_of_a_model_alone(run):
-    """Greedy, so that all three are the one that a batch of one gives."""
-    model, tokenizer, _ = load_model(run)
-    model.eval()
-    texts = {}
-    for n in (1, 3):
-        steps = sample.continuations(model, tokenizer, [tokenizer.eot_token, *b"one "], n, 30, temperature=0.0)
-        texts[n] = ["".join(parts) for parts in zip(*steps)]
-    assert texts[3] == texts[1] * 3
+def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(call, data, monkeypatch, capsys, tmp_path):
+    """In all ways to ask. The model has 41 ids more than the tokenizer, and finds all ids equally likely."""
+    sizes = ["--vocab_size", 300, "--seq_len", 64, "--batch_tokens", 256]
+    call(train, *TINY, *sizes, "--data", data, "--out", "r", "--steps", 1, "--lr", 0)
+    (tmp_path / "p.txt").write_text("a b")
+    draw, forward, inputs, draws, drawn = models.sample_next, models.GPT.forward, [], [], set()
+
+    def recorded_draw(logits, generator, **options):
+        draws.append((options, generator.initial_seed()))
+        ids = draw(logits, generator=generator, **options)
+        drawn.update(ids.tolist())
+        return ids
+
+    def recorded_forward(model, tokens, **options):
+        inputs.append((tokens.tolist(), type(model.head).__name__))
+        return forward(model, tokens, **options)
+
+    monkeypatch.setattr(models, "sample_next", recorded_draw)
+    monkeypatch.setattr(models.GPT, "forward", recorded_forward)
+
+    def texts(*flags) -> list[str]:
+        inputs.clear(), draws.clear(), capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.StringIO("a b\n\n"))
+        call(sample, "r", *flags)
+        written = re.split(r"--- \d of 8\n", capsys.readouterr().out)[-8:]
+        return [text.removesuffix("\n").removeprefix("a b") for text in written]
+
+    text, chat = [256, *b"a b"], [257, *b"user\na b", 258, *b"\n", 257, *b"assistant\n"]
+    options = {"temperature": 0.7, "top_k": 299, "top_p": 0.99}
+    flags = "--temperature 0.7 --top_k 299 --top_p 0.99 --tokens 9 --seed 5 --int8 --device cpu".split()
+    for way, ids in {"--prompt=a b": text, "--prompt_file=p.txt": text, "--interactive": text, "--chat": chat}.items():
+        n = 8 if "prompt" in way else 1
+        whole = texts(way, *flags, "--n", n)
+        assert draws[0] == (options, 5) and inputs[0] == ([ids] * n, "Int8Linear")
+        assert len(draws) <= 9 and len(whole) == n
+        stop = whole[-1][2:4]
+        assert texts(way, *flags, "--n", n, f"--stop={stop}") == [one.partition(stop)[0] for one in whole]
+        texts(way)
+        defaults = {"temperature": 0.0 if way == "--chat" else 0.8, "top_k": None, "top_p": None}
+        assert draws[0][0] == defaults and draws[0][1] != 5 and inputs[0] == ([ids], "Linear")
+        texts(way, "--temperature", 0)  # always id 0, which ends nothing
+        assert len(draws) == (64 - len(chat) if way == "--chat" else 200)  # an answer ends with the context
+    assert max(drawn) < 259
 
 
 def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, monkeypatch):
@@ -120,6 +148,7 @@ def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
         (["--top_k", 0], "--top_k 0"),
         (["--top_p", 1.5], "--top_p 1.5"),
         (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
+        (["--device", "nowhere"], "--device nowhere"),
         (["--prompt", "\ud800"], "not UTF-8"),
     ],
 )
