@@ -118,7 +118,7 @@ def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute:
 
     gathered = 2 * n_micro * ring(size * n, shard, inside)  # in forward and in backward
     averaged = n_micro * ring(4 * n, shard, inside) + 2 * ring(4 * n / shard, gpus // shard, across)
-    updates = ring(muon_bytes, shard, inside)
+    updates = ring(muon_bytes, shard, inside) if matrices else 0.0
     if gpus > 1:
         updates += muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK) + len(matrices) * HOP_SECONDS
     last_backward = compute * 2 / 3 / n_micro  # DDP averages in this one, all but the last bucket of 25 MiB
