@@ -88,9 +88,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
 
 
-def ours(
-    *arguments, processes: int = 1, threads: int | None = None
-) -> tuple[list[dict], list[tuple[float, str]], float, float]:
+def ours(*arguments, processes: int = 1, threads: int | None = None) -> tuple[list[dict], list, float, float]:
     """Train in a folder of its own. Returns the rows of its metrics, and what watch() returns."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
@@ -239,11 +237,8 @@ def sampling(nano) -> tuple[str, str, str]:
     if not nano:
         return "", told, share
     theirs = float(nano.python(NANO_SAMPLES))
-    return (
-        f"{theirs:.1f} tokens/s",
-        told,
-        f"{one / theirs:.1f} x, 8 streams {eight / theirs:.1f} x; with --int8 {int8 / theirs:.1f} x; {share}",
-    )
+    ratios = f"{one / theirs:.1f} x, 8 streams {eight / theirs:.1f} x; with --int8 {int8 / theirs:.1f} x; {share}"
+    return f"{theirs:.1f} tokens/s", told, ratios
 
 
 def preparing(nano) -> tuple[str, str, str]:
@@ -267,9 +262,8 @@ def preparing(nano) -> tuple[str, str, str]:
         _, seconds, peak = watch(command, Path(folder))
     told = f"{size / seconds / 1e6:.1f} MB/s, {peak / 1e6:.0f} MB of memory"
     theirs = f"tiktoken alone: {alone[1] / 1e6:.1f} MB/s on one core, {alone[cores] / 1e6:.1f} on {cores}"
-    reached = size / seconds
-    share = f"{reached / alone[1] / cores:.2f} x cores x one core's, {reached / alone[cores]:.2f} x all cores'"
-    return theirs, told, share
+    shares = size / seconds / alone[1] / cores, size / seconds / alone[cores]
+    return theirs, told, "{:.2f} x cores x one core's, {:.2f} x all cores'".format(*shares)
 
 
 def bpe(nano) -> tuple[str, str, str]:
@@ -344,9 +338,8 @@ def network(nano) -> tuple[str, str, str]:
         ("50 ms and 1% of packets lost", partial(flaky_nodes, 0.05, 0.01), 0.05),
     ):
         with connect() as nodes, tempfile.TemporaryDirectory() as folder:
-            head, other = (
-                [*node.torchrun("2"), str(ROOT / "train.py"), "--out", f"{folder}/run", *flags] for node in nodes
-            )
+            script = [str(ROOT / "train.py"), "--out", f"{folder}/run", *flags]
+            head, other = ([*node.torchrun("2"), *script] for node in nodes)
             with subprocess.Popen(other, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **NO_OUTPUT):
                 lines, *_ = watch(head, ROOT, threads=1)
             measured = config.batch_tokens / speed(metrics(Path(folder, "run")))
@@ -389,26 +382,12 @@ def checkpoint(nano) -> tuple[str, str, str]:
     return "", f"saved in {saved:.1f} s, read and verified in {read:.1f} s", f"{more / 1e3:.0f} MB of memory to save"
 
 
-ROWS = {
-    row.__name__: row
-    for row in (
-        limits,
-        start,
-        quick,
-        throughput,
-        sampling,
-        preparing,
-        bpe,
-        processes,
-        network,
-        experts,
-        saves,
-        checkpoint,
-        plan,
-        minutes,
-        shakespeare,
-    )
-}
+# fmt: off
+ROWS = {row.__name__: row for row in (
+    limits, start, quick, throughput, sampling, preparing, bpe, processes, network, experts, saves, checkpoint, plan,
+    minutes, shakespeare,
+)}
+# fmt: on
 
 
 def plot(path: Path, nano: NanoGPT) -> None:
@@ -435,9 +414,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows (all)")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT to run beside ours")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw curves instead (needs matplotlib, --nanogpt)"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw curves (needs matplotlib, --nanogpt)")
     args = parser.parse_args()
     if args.plot and not args.nanogpt:
         parser.error("--plot draws nanoGPT's curve too: give --nanogpt")

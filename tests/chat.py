@@ -27,9 +27,8 @@ from sample import continuations
 def kind_of(question: str) -> str:
     """The kind of fact that a question asks for."""
     parts = {kind: [way.split("{}") for way in ways] for kind, ways in WAYS_TO_ASK.items()}
-    return next(
-        kind for kind, ways in parts.items() for a, b in ways if question.startswith(a) and question.endswith(b)
-    )
+    ways = ((kind, way) for kind, ways in parts.items() for way in ways)
+    return next(kind for kind, (a, b) in ways if question.startswith(a) and question.endswith(b))
 
 
 def report(model, tokenizer, n: int) -> None:
@@ -66,9 +65,8 @@ def time_cache(model, tokenizer) -> None:
     for name, keep in (("kept", True), ("cold", False)):
         cache, messages, speeds = KVCache(model.config, 1, dtype=model.embedding.weight.dtype), [], []
         for turn in range(40):
-            messages.append(
-                {"role": "user", "content": f"Tell me about the number {turn}, please, in a short sentence."}
-            )
+            question = f"Tell me about the number {turn}, please, in a short sentence."
+            messages.append({"role": "user", "content": question})
             ids = render(tokenizer, messages, ask=True).tolist()
             if len(ids) + 16 > min(model.config.seq_len, 2048):
                 break

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from conftest import ROOT, TINY, workers
+from conftest import ROOT, TINY, words, workers
 from nodes import flaky_nodes, linked_nodes
 
 import prepare
@@ -125,12 +125,8 @@ def signals(n: int) -> tuple[int, str]:
         process = start("--out", "signalled", "--steps", 10**6, "--save_every", 10**6, torchrun=[])
         wait_for_step(process, "signalled", 3)
         time.sleep(random.uniform(0, 0.2))
-        number, pid = [
-            (signal.SIGTERM, process.pid),
-            (signal.SIGINT, process.pid),
-            (signal.SIGUSR1, workers(process)[i % 2]),
-        ][i % 3]
-        os.kill(pid, number)
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[i % 3]
+        os.kill(workers(process)[i % 2] if number == signal.SIGUSR1 else process.pid, number)
         process.communicate()
         wrong += newest("signalled")["step"] != last_step("signalled")
     return wrong, f"{n} signals: {n - wrong} times all ranks saved the step that they had made"
@@ -223,10 +219,8 @@ def flaky_links(n: int) -> tuple[int, str]:
             ranks = [start("--out", "far", "--steps", 10, node=node.torchrun("2")) for node in nodes]
             statuses = [rank.wait() for rank in ranks]
         wrong += statuses != [0, 0] or not same(newest("far"), newest("near"))
-    return (
-        wrong,
-        f"{n} runs over a link that takes 50 ms and loses 1%: {n - wrong} ended with the bits of one without it",
-    )
+    link = "a link that takes 50 ms and loses 1%"
+    return wrong, f"{n} runs over {link}: {n - wrong} ended with the bits of one without it"
 
 
 def prepares(n: int) -> tuple[int, str]:
@@ -274,11 +268,8 @@ def mutants(whole: bytes, n: int) -> Iterator[bytes]:
         else:
             digits = [j for j in range(len(whole)) if whole[j : j + 1].isdigit()] or [0]
             at = random.choice(digits)
-            yield (
-                whole[:at]
-                + random.choice([b"99999999999999", b"-1", b"null", b'"x"', b"1e99", b"[]"])
-                + whole[at + 1 :]
-            )
+            other = random.choice([b"99999999999999", b"-1", b"null", b'"x"', b"1e99", b"[]"])
+            yield whole[:at] + other + whole[at + 1 :]
 
 
 def fuzz(n: int) -> tuple[int, str]:
@@ -294,9 +285,6 @@ def fuzz(n: int) -> tuple[int, str]:
         old = next(part for part in text.split('"') if len(part) == 64)
         record.write_text(text.replace(old, hashlib.sha256(path.read_bytes()).hexdigest()))
 
-    def settings() -> None:
-        train.build_config(train.read_settings("config.json"))
-
     shutil.copy("fuzzed/config.json", "config.json")
     checkpoint, record, meta = Path("fuzzed/step-00000001.pt"), Path("fuzzed/step-00000001.json"), Path("set/meta.json")
     readers: list[tuple[Path, Path | None, Callable]] = [
@@ -304,7 +292,7 @@ def fuzz(n: int) -> tuple[int, str]:
         (record, None, lambda: load_model("fuzzed")),
         (Path("set/train-00000.npy"), meta, lambda: prepare.load_dataset("set")),
         (meta, None, lambda: prepare.load_dataset("set")),
-        (Path("config.json"), None, settings),
+        (Path("config.json"), None, lambda: train.build_config(train.read_settings("config.json"))),
         (Path("published/config.json"), None, lambda: load_model("published")),
         (Path("published/model.safetensors"), None, lambda: load_model("published")),
         (Path("published/tokenizer.json"), None, lambda: load_model("published")),
@@ -319,8 +307,7 @@ def fuzz(n: int) -> tuple[int, str]:
                 signature.write_bytes(signed)
                 sign(path, signature)
             try:
-                if not refused(read):
-                    accepted += 1
+                accepted += not refused(read)
             except BaseException as error:  # noqa: BLE001
                 wrong += 1
                 print(f"  {path}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
@@ -331,18 +318,13 @@ def fuzz(n: int) -> tuple[int, str]:
     return wrong, f"{n} damaged files: {wrong} tracebacks, {accepted} harmless, at most {peak:.1f} GB of memory"
 
 
+# fmt: off
 FAULTS = {
-    "kill": (kills, 50),
-    "resume": (resumes, 10),
-    "flip": (flips, 100),
-    "signal": (signals, 20),
-    "rank": (killed_ranks, 3),
-    "orphan": (orphans, 3),
-    "node": (lost_nodes, 3),
-    "link": (flaky_links, 3),
-    "prepare": (prepares, 20),
-    "fuzz": (fuzz, 2000),
+    "kill": (kills, 50), "resume": (resumes, 10), "flip": (flips, 100), "signal": (signals, 20),
+    "rank": (killed_ranks, 3), "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3),
+    "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
 }
+# fmt: on
 
 
 def main() -> None:
@@ -354,8 +336,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         random.seed(1)
-        words = ["the", "a", "model", "learns", "to", "write", "what", "it", "has", "read", "naïve", "你好", "\n"]
-        Path("text.txt").write_text(" ".join(random.choices(words, k=3000)))
+        Path("text.txt").write_text(words(3000))
         with contextlib.redirect_stderr(io.StringIO()):
             prepare.prepare(["text.txt"], "set", "byte", 0.1)
         for name, n in (asked or {name: n for name, (_, n) in FAULTS.items()}).items():
