@@ -187,8 +187,8 @@ def test_what_speaks_against_a_run_is_said_from_a_threshold_on(call, capsys, fla
 # fmt: off
 @pytest.mark.parametrize("flags, told", [
     ("--gpus 0", "--gpus 0"), ("--resume", "leave out --resume"), ("--gpus 8 --mfu 0", "--mfu 0.0"),
-    ("--gpus 3 --shard 2", "--gpus 3 is not a multiple of --shard 2"),
-    ("--gpus 8 --tokens nan", "--tokens nan"), ("--gpus 8 --tokens inf", "--tokens inf"),
+    ("--gpus 3 --shard 2", "--gpus 3 is not a multiple of --shard 2"), ("--gpus 8 --mfu 1.5", "--mfu 1.5"),
+    ("--gpus 8 --tokens nan", "--tokens nan"), ("--gpus 8 --tokens inf", "--tokens inf"), ("--tokens 0", "--tokens 0"),
     ("--gpus 8 --epochs 1", "data/gpt2, which is missing: give --steps or --tokens"),
     ("--gpus 8 --preset toy", "data/stdlib is missing: give --vocab_size"),
 ])
