@@ -340,9 +340,9 @@ def prepare_folder(config: Config, step: int, may_exist: bool) -> None:
         lock(run)
         for unfinished in run.glob("*.partial"):  # left by a process that was killed
             unfinished.unlink()
-        for record in run.glob("step-*.json"):  # damaged checkpoints that were skipped
-            if record.name > f"step-{step:08d}.json":
-                record.rename(f"{record}.damaged")
+        for path in [*run.glob("step-*.pt"), *run.glob("step-*.json")]:  # of damaged checkpoints that were skipped
+            if path.stem > f"step-{step:08d}":
+                path.rename(f"{path}.damaged")  # until the next checkpoint is whole
         prepare.write_json(run / "config.json", config.chosen())
     except OSError as error:
         fail(f"cannot write to {run}: {error.strerror}")
@@ -689,12 +689,15 @@ def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: flo
         if (file := old.with_suffix(".pt")).name != best:
             old.unlink()
             file.unlink(missing_ok=True)
+    for damaged in run.glob("*.damaged"):
+        damaged.unlink()
 
 
 def read_best(run: Path) -> dict:
-    """The contents of best.json; empty if it is missing or damaged."""
+    """The contents of best.json; empty if it is missing or damaged, or if the checkpoint that it names is gone."""
     try:
         best = json.loads((run / "best.json").read_text(encoding="utf-8"))
+        (run / best["file"]).stat()
         return {"file": best["file"], "val_loss": float(best["val_loss"])}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
