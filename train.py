@@ -50,7 +50,7 @@ import traceback
 import typing
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
@@ -709,7 +709,7 @@ class Saver:
     def __init__(self, config: Config, meta: dict, log: "Log", model: GPT, optimizers: list[torch.optim.Optimizer]):
         self.config, self.meta, self.log, self.optimizers = config, meta, log, optimizers
         self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
-        self.thread, self.writing = ThreadPoolExecutor(1), None
+        self.thread, self.writing = futures.ThreadPoolExecutor(1), None
 
     def save(self, step: int, best_loss: float | None = None) -> None:
         """Save the state after `step` steps; `best_loss` marks it as the best. Training waits only for the previous
@@ -729,7 +729,8 @@ class Saver:
     def wait(self) -> str | None:
         """Wait on all ranks until the last save is on disk. Returns what went wrong, if anything."""
         while any_rank(self.writing is not None and not self.writing.done()):  # one long wait could reach --timeout
-            time.sleep(0.1)
+            if self.writing:  # the other ranks wait for rank 0
+                futures.wait([self.writing], timeout=0.1)
         error = self.writing.exception() if self.writing else None
         self.writing = None
         return from_rank_0(f"cannot save in {self.config.out} ({error})" if error else None)
