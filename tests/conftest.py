@@ -9,16 +9,24 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from shlex import split
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["forked"])
+forkserver.ensure_running()  # it imports torch while this process does
+
+import torch
+
 torch.set_num_threads(1)  # enough for tiny models, and much faster than two threads when the machine is busy
 
 import prepare
@@ -31,6 +39,7 @@ WORDS = ["the", "a", "small", "model", "learns", "to", "write", "what", "it", "h
 # fmt: on
 TINY = split("--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4")
 TINY += ["--dtype", "float32"]  # so that results do not depend on the machine
+TINY_FLOPS = 6 * (2 * (3 * 32 * 32 + 3 * 32 * 128) + 32 * 259) + 12 * 2 * 32 * 16  # per token of `data`, by hand
 
 
 def words(n: int, seed: int = 0) -> str:
@@ -83,9 +92,22 @@ def refused(call, capsys):
 
 # ---- scripts in processes of their own
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["forked"])
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # finds it
+STARTED = []  # processes of this test, and of fixtures around it
+
+
+def kill(processes: list) -> None:
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """Or else a run of a million steps would go on after a failure."""
+    n = len(STARTED)
+    yield
+    kill(STARTED[n:])
+    del STARTED[n:]
 
 
 class Ranks:
@@ -104,8 +126,11 @@ class Ranks:
             files[0].write_text(stdin)
             files[1] = stdout or files[1]
             given = [str(a(rank) if callable(a) else a) for a in arguments]
-            self.processes.append(FORKS.Process(target=run_script, args=(Path(script), given, place, env, files)))
+            work = (Path(script), given, place, env, files)
+            self.processes.append(FORKS.Process(target=run_script, args=work, daemon=True))  # ends with pytest
             self.processes[-1].start()
+            if threading.current_thread() is threading.main_thread():  # other threads work for whole modules
+                STARTED.append(self.processes[-1])
             self.outputs.append([path for path in files[1:] if path != stdout])
 
     def pid(self, rank: int) -> int:
@@ -124,8 +149,7 @@ class Ranks:
             time.sleep(0.01)
         for p in self.processes:
             p.join(10)
-            p.kill()
-            p.join()
+        kill(self.processes)
         first = next((p.exitcode for p in self.processes if p.exitcode), 0)
         stdout, stderr = ("".join(files[i].read_text(encoding="utf-8") for files in self.outputs) for i in (0, -1))
         assert status is None or first == status, stdout + stderr
