@@ -95,6 +95,7 @@ FLOP = 6 * (MATRICES + 128256 * 4096e-9) + 12 * 4 * 4096 * 8192e-9
 STEP = FLOP * 524_288 / 8 / 395.6e3
 OPTIMIZER = 4 * MATRICES + 8 * (N - MATRICES)  # Muon has one number for each parameter, AdamW two
 KEPT = 8192e-9 * 2 * 4 * (4 * 14336 + 2 * 3 * 4096 + 3 * 4096 + 3 * 1024)  # MLP; norms; queries, output; keys, values
+CAP = 8192e-9 * 4 * 32 * 8192 * (2 + 4 + 2)  # of each score: tanh, softmax in float32, its copy
 LOGITS = 8192e-9 * 128256 * (2 + 4 + 4)  # in bfloat16; their softmax and their gradient in float32
 GATHERED, SCATTERED = 2 * 2 * N * 7 / 8 / 450, 4 * N * 7 / 8 / 450  # seconds in a group of eight, for a micro-batch
 SHARED = GATHERED + SCATTERED + N * 7 / 8 / 50 + 3.5e-4  # then averaged over eight nodes, whose ranks share a port
@@ -123,7 +124,7 @@ LLAMA = "--preset llama3-8b --n_layer 4 --gpus "
     ("8 --optimizer adamw --steps 1000000", "time", [STEP, 524_288 / STEP, STEP * 1e6 / 86400, STEP * 1e6 / 3600 * 8]),
     ("8", "memory", [6 * N + 4 * N + OPTIMIZER + KEPT + LOGITS, 80, 6 * N, 4 * N, OPTIMIZER, KEPT, LOGITS]),
     ("8 --optimizer adamw", "memory", [8 * N, KEPT, LOGITS]),
-    ("8 --recompute --micro_batch 16", "memory", [16 * 8192e-9 * 4 * 4 * 4096, 16 * LOGITS]),
+    ("8 --recompute --attention_cap 9 --micro_batch 2", "memory", [1.074 + (KEPT + CAP) / 2 - 2 * LOGITS, 2 * LOGITS]),
     ("8 --dtype float32", "memory", [4 * N, 4 * N, OPTIMIZER, 2 * KEPT - 8192e-9 * 4 * 4 * 2 * 4096, 1.2 * LOGITS]),
     ("8 --shard 8", "memory",
      [N / 2 + 4 * BLOCK + 6 * OUTSIDE, N / 2 + 6 * BLOCK + 4 * OUTSIDE, OPTIMIZER / 8, KEPT, LOGITS]),
@@ -210,10 +211,9 @@ def test_epochs_are_counted_in_the_data_set_which_runs_out_after_four(call, caps
 def test_the_readme_shows_what_the_plan_prints(call, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     flags, shown = re.search(r"\n\$ python \w+\.py (.* --gpus .*)\n((?:.*\n)+?)\.\.\.\n", readme).groups()
-    flags = flags.replace("--plan ", "").split()
-    assert set(shown.splitlines()) <= set(plan_of(call, capsys, *flags).splitlines())
+    assert set(shown.splitlines()) <= set(plan_of(call, capsys, *flags.split()).splitlines())
     more, told = re.search(r"with `(--recompute --shard \d+)` memory comes to ([\d.]+) GB", readme).groups()
-    assert figures(plan_of(call, capsys, *flags, *more.split()))["memory"][0] == float(told)
+    assert figures(plan_of(call, capsys, *flags.split(), *more.split()))["memory"][0] == float(told)
 
 
 def test_a_plan_for_this_machine_leaves_no_trace_and_comes_close(call, capsys, data, tmp_path):
