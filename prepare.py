@@ -479,7 +479,8 @@ def default_corpus() -> list[Path]:
 
 def download(url: str, folder: Path) -> Path:
     """Download a URL into `folder`, unless that was done before, and return the file's path."""
-    from urllib.parse import urlparse  # slow to import
+    from http.client import HTTPException  # slow to import
+    from urllib.parse import urlparse
     from urllib.request import urlopen
 
     name = Path(urlparse(url).path).name or "download.txt"
@@ -489,7 +490,9 @@ def download(url: str, folder: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=60) as response, written_whole(path) as file:
                 shutil.copyfileobj(response, file)
-        except (OSError, ValueError) as error:
+                if response.length:  # what is left of the announced length: http.client does not object
+                    raise OSError(f"it broke off {response.length:,} bytes before its end")
+        except (OSError, ValueError, HTTPException) as error:
             fail(f"could not fetch {url} ({error}): check the address and the network, or give a local file")
     return path
 
