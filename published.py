@@ -173,7 +173,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; export take
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
-        base={"qk_norm": False, "n_expert": 8},
+        base={"qk_norm": False, "n_expert": 8, "norm_eps": 1e-5, "rope_base": 1e6},
         settings=LLAMA_SETTINGS | {"n_expert": "num_local_experts", "n_expert_active": "num_experts_per_tok"},
         modules=LLAMA_MODULES | {
             "blocks.*.mlp.router": "model.layers.*.block_sparse_moe.gate",
