@@ -243,7 +243,8 @@ def read_config(folder: Path) -> tuple[GPTConfig, Family]:
         for name in names.split():
             if theirs.get(name) is not None:
                 chosen[ours] = theirs[name]
-    chosen["activation"] = THEIR_GELU.get(chosen["activation"], chosen["activation"])
+    if chosen.get("activation") in THEIR_GELU:
+        chosen["activation"] = THEIR_GELU[chosen["activation"]]
     return GPTConfig(**chosen), family
 
 
