@@ -373,8 +373,9 @@ def published_pattern(plain: dict) -> str:
             return r"(?s:.+)"
         case [{"type": "ByteLevel", "add_prefix_space": False}]:
             return GPT2_PATTERN
-        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False}]:
-            return DIGITS_PATTERN
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False} as last]:
+            if last.get("use_regex", True):
+                return DIGITS_PATTERN
     raise ValueError(f"the pre-tokenizer {json.dumps(steps)} is not supported")
 
 
