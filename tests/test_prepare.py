@@ -5,20 +5,24 @@ import io
 import json
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import regex
 import tiktoken
 import tiktoken_ext.openai_public
-from conftest import ROOT, Ranks, words
+from conftest import ROOT, Ranks, shell, words
 
 import prepare
 
@@ -36,36 +40,20 @@ def decoded(folder: Path, split: str) -> list[str]:
     return text.split(prepare.END_OF_TEXT)[:-1]
 
 
-def fuzzed(rng: random.Random) -> str:
-    alphabet = [*"abZé中🙂\0\n \t7'_-…\u200d", "\r\n", "  ", "'s"]
-    return "".join(rng.choices(alphabet, k=rng.randrange(200))) + chr(rng.randrange(0xE000, 0x10FFFF))
-
-
 # ---- tokenizers
 
 
 @pytest.mark.parametrize("tokenizer", [prepare.byte_tokenizer(), TRAINED], ids=lambda t: t.name)
 def test_any_text_survives_encoding_and_decoding(tokenizer):
-    rng = random.Random(0)
+    """So does the tokenizer as JSON. No text can spell the control token. Byte tokens are the bytes."""
+    again = prepare.tokenizer_from_dict(json.loads(json.dumps(prepare.tokenizer_to_dict(tokenizer))))
+    assert (again.n_vocab, again.eot_token) == (tokenizer.n_vocab, tokenizer.eot_token)
+    alphabet, rng = [*"abZé中🙂\0\n \t7'_-…\u200d", "\r\n", "  ", "'s", prepare.END_OF_TEXT], random.Random(0)
     for _ in range(500):
-        text = fuzzed(rng)
-        assert tokenizer.decode_bytes(prepare.encode(tokenizer, text).tolist()) == text.encode()
-
-
-def test_byte_tokens_are_the_bytes():
-    text = "naïve\0🙂" * 50
-    assert bytes(prepare.encode(prepare.byte_tokenizer(), text).tolist()) == text.encode()
-
-
-def test_a_tokenizer_survives_json():
-    again = prepare.tokenizer_from_dict(json.loads(json.dumps(prepare.tokenizer_to_dict(TRAINED))))
-    assert again.encode_ordinary(words(500, seed=9)) == TRAINED.encode_ordinary(words(500, seed=9))
-    assert (again.n_vocab, again.eot_token) == (TRAINED.n_vocab, TRAINED.eot_token)
-
-
-def test_text_cannot_spell_the_control_token():
-    for tokenizer in (prepare.byte_tokenizer(), TRAINED):
-        assert tokenizer.eot_token not in prepare.encode(tokenizer, f"a{prepare.END_OF_TEXT}b")
+        text = "".join(rng.choices(alphabet, k=rng.randrange(200))) + chr(rng.randrange(0xE000, 0x10FFFF))
+        ids = prepare.encode(tokenizer, text).tolist()
+        assert tokenizer.decode_bytes(ids) == text.encode() and again.encode_ordinary(text) == ids
+        assert tokenizer.eot_token not in ids and (tokenizer is TRAINED or bytes(ids) == text.encode())
 
 
 def naive_bpe(counts: dict[str, int], vocab_size: int) -> list[bytes]:
@@ -108,10 +96,6 @@ def test_bpe_learns_the_merges_of_a_published_trainer():
     assert list(prepare.train_bpe(counts, 1500)) == [bytes(token) for token, _ in published.get_mergeable_ranks()]
 
 
-def test_bpe_ends_where_no_pair_is_seen_twice():
-    assert list(prepare.train_bpe(Counter({"abc": 1}), 1000)) == list(prepare.BYTES)
-
-
 @pytest.mark.parametrize("name", ["ours", "gpt2", "cl100k_base", "o200k_base"])
 def test_text_cut_into_pieces_gives_the_same_tokens(name, monkeypatch):
     """With each published pattern, and merges learned under it from the same sort of text, so that every chunk is one
@@ -135,20 +119,12 @@ def test_text_cut_into_pieces_gives_the_same_tokens(name, monkeypatch):
     assert n_cuts > 500
 
 
-def test_a_tokenizer_that_cannot_be_fetched_is_one_sentence(refused, monkeypatch, tmp_path):
-    def offline(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+@pytest.mark.parametrize("name", ["gpt5000", "bpe:", "bpe:x", "bpe:259", "bpe:-1", "gpt2"])
+def test_a_tokenizer_that_does_not_exist_or_cannot_be_fetched_is_refused(refused, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no network")))
     (tmp_path / "a.txt").write_text("text")
-    message = refused(prepare, "a.txt", "--tokenizer", "gpt2")
-    assert "byte" in message and "bpe:N" in message
-
-
-@pytest.mark.parametrize("name", ["gpt5000", "bpe:", "bpe:x", "bpe:257", "bpe:-1"])
-def test_a_tokenizer_that_does_not_exist_is_refused(refused, tmp_path, name):
-    (tmp_path / "a.txt").write_text("text")
-    assert name in refused(prepare, "a.txt", "--tokenizer", name)
+    told = refused(prepare, "a.txt", "--tokenizer", name)
+    assert ("could not download" in told) == (name == "gpt2") and repr(name) in told and "bpe:N" in told
 
 
 # ---- documents
@@ -159,7 +135,9 @@ def test_every_kind_of_file_gives_its_documents(call, tmp_path):
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "deep" / "b.txt").write_text("from a folder")
-    (tmp_path / "in" / ".hidden").write_text("never read")
+    (tmp_path / "in" / ".git").mkdir()
+    for hidden in (".hidden", ".git/config"):
+        (tmp_path / "in" / hidden).write_text("never read")
     (tmp_path / "in" / "a.jsonl").write_text(lines)
     with gzip.open(tmp_path / "in" / "c.jsonl.gz", "wt") as file:
         file.write(lines.replace("record", "zipped"))
@@ -172,38 +150,39 @@ def test_every_kind_of_file_gives_its_documents(call, tmp_path):
 
 
 def test_parquet_gives_its_documents(call, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow to read parquet files")
-    parquet = pytest.importorskip("pyarrow.parquet")
-
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = [words(20, i) for i in range(30)]
-    parquet.write_table(pyarrow.table({"text": texts, "id": range(30)}), tmp_path / "x.parquet")
-    call(prepare, "x.parquet", "--tokenizer", "byte", "--val_fraction", 0.3)
+    parquet.write_table(pyarrow.table({"text": ["no"] * 30, "content": texts}), tmp_path / "x.parquet")
+    call(prepare, "x.parquet", "--tokenizer", "byte", "--val_fraction", 0.3, "--field", "content")
     assert sorted(decoded(Path("data/x"), "train") + decoded(Path("data/x"), "val")) == sorted(texts)
 
 
-def test_the_split_of_a_document_depends_on_its_text_alone(call, tmp_path):
-    texts = [words(10, i) for i in range(60)]
-    for name, order in (("a", texts), ("b", texts[::-1] + texts[:5])):
+@pytest.mark.parametrize("fraction, below, above", [([], 10300, 10567), (["--val_fraction", 0.5], 17449, 7711)])
+def test_the_split_of_a_document_depends_on_its_text_alone(call, tmp_path, fraction, below, above):
+    """Here on the first eight bytes of BLAKE2b(text), as a fraction of 2^64: below the default, 0.01, are "text 62"
+    (0.0053) and "text 10300" (0.00992), not "text 10567" (0.01011) and "text 4" (0.78). So on any machine."""
+    texts = [f"text {i}" for i in (4, below, 62, above)]
+    for name, order in (("a", texts), ("b", texts[::-1] + texts)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in order))
-        call(prepare, f"{name}.jsonl", "--tokenizer", "byte", "--val_fraction", 0.2)
-    assert set(decoded(Path("data/a"), "val")) == set(decoded(Path("data/b"), "val"))
-    assert 4 <= len(decoded(Path("data/a"), "val")) <= 20
+        call(prepare, f"{name}.jsonl", "--tokenizer", "byte", *fraction)
+        assert decoded(Path("data", name), "val") == [text for text in order if text in texts[1:3]]
+        assert decoded(Path("data", name), "train") == [text for text in order if text not in texts[1:3]]
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.1001, 0.1002, 0.1003])  # cuts in the middle of a character, too
-def test_val_tail_holds_out_the_end_of_the_text(call, tmp_path, fraction):
+@pytest.mark.parametrize("fraction", [None, 0.1, 0.1001, 0.1002, 0.1003])  # cuts in the middle of a character, too
+def test_val_tail_holds_out_the_end_of_the_text_and_of_a_single_file_its_last_hundredth(call, tmp_path, fraction):
     text = "你好🙂" * 1000
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
-    call(prepare, "t.txt", "--tokenizer", "byte", "--val_tail", "--val_fraction", fraction)
+    call(prepare, "t.txt", "--tokenizer", "byte", *(["--val_tail", "--val_fraction", fraction] if fraction else []))
     (train,), (val,) = decoded(Path("data/t"), "train"), decoded(Path("data/t"), "val")
     assert train + val == text
-    assert abs(len(val.encode()) - len(text.encode()) * fraction) < 4
+    assert abs(len(val.encode()) - len(text.encode()) * (fraction or 0.01)) < 4
 
 
 def test_held_out_text_does_not_reach_the_tokenizer(call, tmp_path):
     (tmp_path / "t.txt").write_text(words(2000) + " xyzzy" * 200)
-    call(prepare, "t.txt", "--tokenizer", "bpe:500", "--val_tail", "--val_fraction", 0.1)
-    meta, _ = prepare.load_dataset("data/t")
+    call(prepare, ".", "--tokenizer", "bpe:500", "--val_tail", "--val_fraction", 0.1)
+    meta, _ = prepare.load_dataset(Path("data", tmp_path.name))  # the name of the current folder
     assert not any(b"xyz" in token for token in prepare.tokenizer_from_dict(meta["tokenizer"]).token_byte_values())
 
 
@@ -219,14 +198,8 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
     (tmp_path / "in" / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
     call(prepare, "in", "--tokenizer", "byte", "--val_fraction", 0.2)
     printed = capsys.readouterr().err
-    for told in (
-        "latin.txt: not UTF-8",
-        "cut.txt: not UTF-8",
-        "empty.txt: empty",
-        "without text in --field 'text'; one has the keys body (4)",
-        "records that are not valid JSON",
-        "torn.jsonl.gz",
-    ):
+    wrong = ["records that are not valid JSON (2)", "without text in --field 'text'; one has the keys body (4)"]
+    for told in (*wrong, "latin.txt: not UTF-8", "cut.txt: not UTF-8", "empty.txt: empty", "torn.jsonl.gz"):
         assert told in printed
     documents = decoded(Path("data/in"), "train") + decoded(Path("data/in"), "val")
     assert set(documents) - {"x"} == {words(9, i) for i in range(30)}
@@ -235,29 +208,51 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
 @pytest.mark.parametrize(
     "inputs, content, told",
     [
-        (["nowhere.txt"], None, "no such file or folder: nowhere.txt"),
+        (["nowhere.txt"], b"", "no such file or folder: nowhere.txt"),
         (["a.txt"], b"", "a.txt: empty"),
-        (["a.txt"], b"\xff\xfe", "a.txt: not UTF-8"),
-        (["a.txt", "--val_fraction", "1.5"], b"text", "--val_fraction 1.5"),
+        *((["a.txt", "--val_fraction", n], b"text", f"{n} is not between 0 and 1") for n in ("0.0", "1.0")),
         (["a.txt", "--out", "."], b"text", "--out ."),
+        (["a.txt", "--out", "a.txt/x"], b"text", "cannot make the data set a.txt/x: [Errno 20]"),
         (["a.txt", "b.txt"], b"text", "raise --val_fraction, or give --val_tail"),
-        (["http://127.0.0.1:9/x.txt"], None, "could not fetch"),
+        (["http://127.0.0.1:9/x.txt"], b"", "could not fetch"),
     ],
 )
 def test_input_that_gives_no_data_set_is_refused(refused, tmp_path, inputs, content, told):
-    if content is not None:
-        (tmp_path / "a.txt").write_bytes(content)
-        (tmp_path / "b.txt").write_bytes(content)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(content)
     assert told in refused(prepare, *inputs, "--tokenizer", "byte")
     assert not list(tmp_path.glob("data/*/meta.json"))
 
 
-def test_a_data_set_is_never_overwritten(refused, call, tmp_path):
+def test_a_preparation_that_is_interrupted_says_so_and_leaves_nothing(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=KeyboardInterrupt))
     (tmp_path / "a.txt").write_text(words(200))
-    call(prepare, "a.txt", "--tokenizer", "byte", "--val_fraction", 0.1)
-    before = Path("data/a/train-00000.npy").read_bytes()
-    assert "data/a already exists" in refused(prepare, "a.txt", "--tokenizer", "byte")
-    assert Path("data/a/train-00000.npy").read_bytes() == before
+    assert "interrupted: there is no data set in data/a yet" in refused(prepare, "a.txt", "--tokenizer", "byte")
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_a_second_preparation_writes_the_same_bytes_and_the_report_counts_them(refused, call, capsys, tmp_path):
+    """The second one in another process, whose hash() is another. Neither overwrites a data set."""
+    texts, flags = [words(600, i) for i in range(60)], ["--tokenizer", "bpe:300", "--val_fraction", 0.2, "--out"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    call(prepare, "a.jsonl", *flags, "out/1")
+    printed = " ".join(capsys.readouterr().err.split())
+    shell("prepare.py", "a.jsonl", *flags, "out/2", cwd=tmp_path)
+    assert "out/1 already exists" in refused(prepare, "a.jsonl", *flags, "out/1")
+    files, again = ({path.name: path.read_bytes() for path in Path("out", n).iterdir()} for n in "12")
+    assert files == again
+
+    meta, megabytes = json.loads(files["meta.json"]), sum(len(text.encode()) for text in texts) / 1e6
+    assert f"the tokenizer: {megabytes:.1f} MB in" in printed and f"encoding: {megabytes:.1f} MB in" in printed
+    for split in ("train", "val"):
+        documents, tokens = decoded(Path("out/1"), split), np.load(f"out/1/{split}-00000.npy")
+        sizes = len(documents), sum(len(text.encode()) for text in documents), len(tokens)
+        assert tuple(meta[split][key] for key in ("documents", "bytes", "tokens")) == sizes
+        line = "{} {:,} documents {:,} bytes {:,} tokens, {:.2f} bytes per token"
+        assert line.format(split, *sizes, sizes[1] / sizes[2]) in printed
+    first = [prepare.tokenizer_from_dict(meta["tokenizer"]).decode([token]) for token in tokens[:30].tolist()]
+    assert f"held-out text begins, with | between tokens: {'|'.join(first)!r}" in printed
+    assert printed.endswith("out/1 is ready: vocabulary of 300 (bpe:300)")
 
 
 # ---- shards
@@ -267,41 +262,33 @@ def test_shards_follow_each_other_and_read_back(call, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 1000)
     (tmp_path / "t.txt").write_text(words(2000), encoding="utf-8")
     call(prepare, "t.txt", "--tokenizer", "byte", "--val_fraction", 0.1)
-    meta, shards = prepare.load_dataset("data/t")
+    _, shards = prepare.load_dataset("data/t")
     assert len(shards["train"]) > 5 and {len(s) for s in shards["train"][:-1]} == {1000}
-    assert sum(len(s) for s in shards["train"]) == meta["train"]["tokens"]
     assert "".join(decoded(Path("data/t"), "train") + decoded(Path("data/t"), "val")) == words(2000)
     plain = np.load("data/t/train-00001.npy")  # NumPy's own format: no mapping, no reader of ours
     assert plain.dtype == np.uint16 and np.array_equal(plain, shards["train"][1])
 
 
-def test_windows_run_through_shards_as_if_they_were_one():
-    tokens = np.random.default_rng(0).integers(0, 60_000, 500).astype(np.uint16)
-    windows = prepare.Windows(np.split(tokens, [3, 4, 100, 333]), seq_len=7)
-    inputs, targets = (taken.flatten() for taken in windows.get(np.arange(windows.n_windows))[:2])
-    assert inputs.tolist() == tokens[: len(inputs)].tolist()
-    assert targets.tolist() == tokens[1 : len(targets) + 1].tolist()
-    assert 500 - len(targets) - 1 < 7
-
-
-def test_the_last_window_has_its_last_target():
+def test_windows_run_through_shards_as_if_they_were_one_to_the_last_target():
     for n_tokens, n_windows in ((100, 9), (101, 10), (110, 10), (111, 11)):
-        windows = prepare.Windows([np.arange(n_tokens, dtype=np.uint16)], seq_len=10)
-        assert windows.n_windows == n_windows and windows.get(np.array([n_windows - 1]))[1][0, -1] == 10 * n_windows
+        tokens = np.random.default_rng(0).integers(0, 60_000, n_tokens).astype(np.uint16)
+        windows = prepare.Windows(np.split(tokens, [3, 4, 50, 77]), seq_len=10)
+        inputs, targets = (taken.flatten().tolist() for taken in windows.get(np.arange(n_windows))[:2])
+        assert windows.n_windows == n_windows
+        assert inputs == tokens[: 10 * n_windows].tolist() and targets == tokens[1 : 10 * n_windows + 1].tolist()
 
 
-def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
-    ranks = prepare.BYTES | {i.to_bytes(3, "big"): i for i in range(256, 70_000)}
-    tokenizer = prepare.make_tokenizer("wide", prepare.GPT4_PATTERN, ranks)
-    pieces = [("train", (69_999).to_bytes(3, "big").decode("latin-1")), ("train", None)]
-    splits = prepare.write_shards(tmp_path, tokenizer, pieces, 3)
+@pytest.mark.parametrize("size, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path, size, dtype):
+    ranks = prepare.BYTES | {i.to_bytes(3, "big"): i for i in range(256, size - 1)}
+    tokenizer = prepare.make_tokenizer("w", prepare.GPT4_PATTERN, ranks, {prepare.END_OF_TEXT: size - 1})
+    splits = prepare.write_shards(tmp_path, tokenizer, [("train", "a"), ("train", None)], 3)
     tokens = np.load(tmp_path / splits["train"]["shards"][0]["file"])
-    assert tokens.dtype == np.uint32 and tokens[-1] == tokenizer.eot_token == 70_000
+    assert tokens.dtype == dtype and tokens.tolist() == [ord("a"), size - 1]
 
 
 def test_every_flipped_bit_of_a_shard_is_found(data, tmp_path, capsys):
-    for file in data.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
     shard = tmp_path / "train-00000.npy"
     whole = shard.read_bytes()
     for offset in random.Random(0).sample(range(len(whole)), 30):
@@ -313,6 +300,18 @@ def test_every_flipped_bit_of_a_shard_is_found(data, tmp_path, capsys):
         assert end.value.code == 2 and "SHA-256 of train-00000.npy" in capsys.readouterr().err
 
 
+def test_a_data_set_with_the_right_hashes_can_still_be_wrong(data, tmp_path, capsys):
+    path, meta = shutil.copytree(data, tmp_path / "set") / "val-00000.npy", json.loads((data / "meta.json").read_text())
+    wrong = [([0, 259], "uint16", "token 1 of val-00000.npy is 259, beyond"), ([0, 258], "int64", "dtype int64")]
+    wrong += [([[0], [1]], "uint16", "shape (2, 1)"), ([0], "uint16", "the sizes of the val split")]
+    for tokens, dtype, told in wrong:
+        np.save(path, np.array(tokens, dtype))
+        meta["val"] |= {"tokens": 2, "shards": [{"file": path.name, "sha256": prepare.sha256_of(path)}]}
+        path.with_name("meta.json").write_text(json.dumps(meta))
+        pytest.raises(SystemExit, prepare.load_dataset, tmp_path / "set")
+        assert told in capsys.readouterr().err
+
+
 def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, capsys):
     (tmp_path / "big.txt").write_text(words(1_500_000), encoding="utf-8")
     out = tmp_path / "data" / "big"
@@ -321,10 +320,9 @@ def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, c
     while not list(out.with_name("big.partial").glob("train-*.npy")):
         time.sleep(0.001)
         assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    with pytest.raises(SystemExit):
-        prepare.load_dataset(out)
+    pytest.raises(SystemExit, prepare.load_dataset, out)
     assert "meta.json: make the data set" in capsys.readouterr().err and not out.exists()
     subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL, check=True)
     assert "".join(decoded(out, "train") + decoded(out, "val")) == words(1_500_000)
@@ -333,8 +331,7 @@ def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, c
 def test_memory_stays_small_however_large_the_input(tmp_path):
     """Of 100 MB of text, one token a byte: reading it whole would take over 300 MB for text and tokens."""
     megabyte = (words(200_000).encode()[: 10**6]).decode(errors="ignore")
-    with open(tmp_path / "big.txt", "w", encoding="utf-8") as file:
-        file.writelines(megabyte for _ in range(100))
+    (tmp_path / "big.txt").write_text(megabyte * 100, encoding="utf-8")
     measure = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -345,27 +342,28 @@ def test_memory_stays_small_however_large_the_input(tmp_path):
     assert os.path.getsize(tmp_path / "big.txt") >= 100_000_000 and peak < 200e6
 
 
-def test_help_says_what_the_script_does():
-    printed = subprocess.run(
-        [sys.executable, ROOT / "prepare.py", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    assert "--val_tail" in printed and "meta.json" in printed
+def test_help_says_what_the_script_does(call, capsys):
+    pytest.raises(SystemExit, call, prepare, "--help")
+    assert "--val_tail" in (printed := capsys.readouterr().out) and "meta.json" in printed
 
 
-def test_the_default_corpus_is_the_standard_library():
-    names = [path.as_posix() for path in prepare.default_corpus()]
-    assert any(name.endswith("/json/decoder.py") for name in names) and len(names) > 300
-    assert not any(f"/{part}/" in name for name in names for part in ("test", "site-packages", "idlelib"))
-
-
-@pytest.mark.skipif(
-    "TIKTOKEN_CACHE_DIR" not in os.environ, reason="set TIKTOKEN_CACHE_DIR to where tiktoken keeps gpt2"
-)
-def test_gpt2_text_has_the_ids_that_openai_published(call, tmp_path):
-    (tmp_path / "t.txt").write_text("Hello world")
-    call(prepare, "t.txt", "--tokenizer", "gpt2", "--val_fraction", 0.5)
-    _, shards = prepare.load_dataset("data/t")
-    assert shards["train"][0].tolist() + shards["val"][0].tolist() == [15496, 50256, 995, 50256]
+def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(call, monkeypatch, tmp_path):
+    """A made-up one. Held out are 0.05 of its files, by their hashes as above, or of its functions."""
+    assert any(path.match("json/decoder.py") for path in prepare.default_corpus())
+    names = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=12)) for i in range(800)]
+    functions = "".join(f'def {name}(a):\n    """Returns the {name} of all."""\n' for name in names)
+    files = {"a.py": "text 2921", "b.py": "text 4152", "c/c.py": functions, "empty.py": "", "no.txt": "not Python"}
+    left_out = ("test", "c/tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "c/__pycache__")
+    for name, text in (files | {f"{folder}/x.py": "left out" for folder in left_out}).items():
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / name).write_text(text)
+    monkeypatch.setattr(prepare.sysconfig, "get_path", {"stdlib": str(tmp_path / "lib")}.get)
+    call(prepare)
+    call(prepare, "--chat", "--tokenizer", "byte")
+    assert prepare.load_dataset("data/stdlib")[0]["vocab_size"] == 4096
+    assert decoded(Path("data/stdlib"), "val") == ["text 2921"]
+    assert decoded(Path("data/stdlib"), "train") == ["text 4152", functions]
+    assert 20 < len(set(regex.findall("the ([a-z]+) of all", "".join(decoded(Path("data/chat"), "val"))))) < 60
 
 
 # ---- what users bring
@@ -413,10 +411,29 @@ def test_links_are_followed_once_and_what_cannot_be_read_is_named(call, tmp_path
     assert [text.split()[0] for text in decoded(Path("data/in"), "train")] == ["first", "second"]
 
 
-def test_the_current_folder_gives_the_data_set_its_name(call, tmp_path):
-    (tmp_path / "a.txt").write_text(words(100))
-    call(prepare, ".", "--tokenizer", "byte", "--val_tail")
-    assert (tmp_path / "data" / tmp_path.name / "meta.json").exists()
+class Site(BaseHTTPRequestHandler):
+    """Its files have 30 bytes, which begin with their paths. Of torn ones it sends less than it announces."""
+
+    def do_GET(self):
+        torn = {"/torn.txt": "Content-Length: 31", "/torn-chunk.txt": "Transfer-Encoding: chunked"}
+        length = torn.get(self.path, "Content-Length: 30")
+        self.wfile.write(f"HTTP/1.1 200 OK\r\n{length}\r\n\r\n{self.path:30}".encode())
+
+
+def test_each_url_gives_a_file_of_its_own_whole_and_fetched_once(call, refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        site = f"http://127.0.0.1:{server.server_port}"
+        for name in ("torn.txt", "torn-chunk.txt"):
+            assert f"could not fetch {site}/{name}" in refused(prepare, f"{site}/{name}", "--tokenizer", "byte")
+            assert not list(tmp_path.glob("data/*"))
+        urls = [f"{site}/{path}" for path in ("a/input.txt", "b/input.txt", "b/input.txt?page=2", "")]
+        call(prepare, *urls, *BYTES_AND_TAIL)
+        server.shutdown()
+    call(prepare, *urls, *BYTES_AND_TAIL, "--out", "data/again")
+    for folder in (Path("data/input"), Path("data/again")):
+        assert [site + text.split()[0] for text in decoded(folder, "train")] == urls
 
 
 def test_a_pipe_is_read_as_a_file_is(tmp_path):
@@ -431,16 +448,33 @@ def test_a_pipe_is_read_as_a_file_is(tmp_path):
 
 
 def test_long_chunks_are_cut_before_a_tokenizer_learns_from_them(monkeypatch):
-    """Otherwise a genome in one line takes time that grows with the square of its length."""
-    seen = Counter()
+    """Otherwise a genome in one line takes time that grows with the square of its length. (And of a large input it
+    learns from a sample, here from every second piece.)"""
+    seen, texts = Counter(), ["ACGT" * 10_000, " not this", " the end", " nor this"]
+    monkeypatch.setattr(prepare, "BPE_SAMPLE_BYTES", 20_000)
     monkeypatch.setattr(prepare, "train_bpe", lambda counts, size: seen.update(counts) or dict(prepare.BYTES))
-    prepare.train_tokenizer(300, [("train", "ACGT" * 10_000 + " the end")], 40_000)
+    prepare.train_tokenizer(300, [("train", text) for text in texts], 40_000)
     assert max(map(len, seen)) <= prepare.MAX_CHUNK and seen["ACGT" * (prepare.MAX_CHUNK // 4)] > 100
     assert sum(len(chunk) * count for chunk, count in seen.items()) == 40_008
 
 
-def test_a_file_has_its_name_only_when_it_is_complete(tmp_path):
+def test_files_are_on_disk_before_anything_gets_a_name(call, data, monkeypatch, tmp_path):
+    """Else a power cut could leave a name that leads to half a file."""
+    events = []
+
+    def fsync(file: int) -> None:
+        events.extend(path.read_bytes() for path in tmp_path.rglob("*") if path.stat().st_ino == os.fstat(file).st_ino)
+
+    def name(rename, source, target) -> None:
+        events.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", partial(name, os.rename))
+    monkeypatch.setattr(os, "replace", partial(name, os.replace))
+    call(prepare, data.parent / "text.txt", *BYTES_AND_TAIL)
     with prepare.written_whole(tmp_path / "a") as file:
-        file.write(b"half")
-        assert not (tmp_path / "a").exists()
-    assert (tmp_path / "a").read_bytes() == b"half"
+        file.write(b"bytes")
+    found = {path.read_bytes(): f"all of {path.name}" for path in Path("data/text").iterdir()}
+    synced = ["all of train-00000.npy", "all of val-00000.npy", "all of meta.json"]
+    assert [found.get(event, event) for event in events] == [*synced, "meta.json", "text", b"bytes", "a"]

@@ -25,18 +25,11 @@ from model import GPTConfig, generate, load_checkpoint, model_with
 from published import load_model, load_published, save_published
 
 GOLDEN = Path(__file__).with_name("golden")
-LLAMA = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 24,
-}
+LLAMA = dict(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 24}
 GPT2 = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN3_MOE = dict(LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+del QWEN3_MOE["intermediate_size"]
 VARIANTS = {  # the first of each family is the golden one
     "gpt2": dict(GPT2),
     "gpt2-exact-gelu-narrow-untied": dict(
@@ -49,10 +42,8 @@ VARIANTS = {  # the first of each family is the golden one
     "qwen3-untied-one-kv-head": dict(LLAMA, head_dim=6, num_key_value_heads=1, rms_norm_eps=1e-3),
     "qwen3_moe": dict(QWEN3_MOE, norm_topk_prob=True),
     "qwen3_moe-not-renormalised-tied": dict(QWEN3_MOE, norm_topk_prob=False, tie_word_embeddings=True),
-    "mixtral": dict(LLAMA, **EXPERTS),
-    "mixtral-three-of-six-full-heads": dict(
-        LLAMA, num_local_experts=6, num_experts_per_tok=3, num_key_value_heads=4, rms_norm_eps=1e-3
-    ),
+    "mixtral": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral-3-of-6": dict(LLAMA, num_local_experts=6, num_experts_per_tok=3, num_key_value_heads=4, rms_norm_eps=1e-3),
 }
 FAMILIES = ("gpt2", "llama", "qwen3", "qwen3_moe", "mixtral")
 
@@ -82,9 +73,9 @@ def random_tokens(*shape: int) -> torch.Tensor:
 def golden(tmp_path):
     """golden("llama") unpacks a golden file into a folder as it could be downloaded; returns it, tokens and logits."""
 
-    def unpack(family: str) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    def unpack(family: str, dtype: torch.dtype = torch.float32) -> tuple[Path, torch.Tensor, torch.Tensor]:
         file = np.load(GOLDEN / f"{family}.npz")
-        weights = {name: torch.from_numpy(file[name].astype(np.float32)) for name in file if "." in name}
+        weights = {name: torch.from_numpy(file[name]).to(dtype) for name in file if "." in name}
         torch.save(weights, tmp_path / "pytorch_model.bin")
         (tmp_path / "config.json").write_text(str(file["config"]))
         return tmp_path, torch.from_numpy(file["tokens"]).long(), torch.from_numpy(file["logits"])
@@ -93,10 +84,14 @@ def golden(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_logits_of_the_golden_file_are_computed(golden, family):
-    folder, tokens, logits = golden(family)
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.float16, 1e-4), (torch.bfloat16, 1.5)])
+def test_the_logits_of_the_golden_file_are_computed(golden, family, dtype, error):
+    """From half precision too (exact in float16), and then from a config.json that leaves out defaults."""
+    folder, tokens, logits = golden(family, dtype)
+    if dtype != torch.float32:
+        (folder / "config.json").write_text(json.dumps({"model_type": family, **VARIANTS[family]}))
     assert logits.std() > 0.1
-    assert (load(folder)(tokens) - logits).abs().max() < 1e-4
+    assert (load(folder).float()(tokens) - logits).abs().max() < error
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -124,21 +119,24 @@ def test_transformers_computes_the_logits_of_weights_that_we_saved(variant, tmp_
         read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         assert type(read).__name__ == published.FAMILIES[variant.partition("-")[0]].architecture
         assert (read(tokens).logits - model(tokens)).abs().max() < 1e-4
+    plain = read.config.to_dict()
+    plain |= plain.get("rope_parameters") or {}
+    assert all(plain.get(name, getattr(read.config, name, None)) == value for name, value in VARIANTS[variant].items())
 
 
 def test_gpt2_as_openai_released_it_has_shorter_names_and_masks_among_its_tensors(golden):
     folder, tokens, logits = golden("gpt2")
     weights = torch.load(folder / "pytorch_model.bin")
     old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-    torch.save(old | {"h.0.attn.bias": torch.ones(1, 1, 24, 24).tril()}, folder / "pytorch_model.bin")
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 24, 24).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    torch.save(old | masks, folder / "pytorch_model.bin")
     assert (load(folder)(tokens) - logits).abs().max() < 1e-4
 
 
 def test_weights_in_several_files_are_put_together(golden):
     save_file = pytest.importorskip("safetensors.torch").save_file
     folder, tokens, logits = golden("llama")
-    weights = torch.load(folder / "pytorch_model.bin")
-    (folder / "pytorch_model.bin").unlink()
+    weights = torch.load(folder / "pytorch_model.bin") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     for part in (1, 2):
         names = sorted(weights)[part - 1 :: 2]
         save_file({name: weights[name] for name in names}, folder / f"model-0000{part}-of-00002.safetensors")
@@ -158,8 +156,15 @@ def test_a_second_copy_of_a_tied_head_is_passed_over(golden):
     "config, weights, told",
     [
         ({"model_type": "bert"}, {}, "'bert', none of gpt2, llama"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, {}, "rope_type of .* is 'llama3'"),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, {}, "scale_attn_weights of .* is False"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, {}, "inverse_layer_idx of .* is True"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, {}, "add_cross_attention of .* is True"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, {}, "rope_type of .* is 'llama3'"),
         ({"sliding_window": 4096}, {}, "sliding_window of .* is 4096"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, {}, "use_sliding_window of .* is True"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, {}, "decoder_sparse_step of .* is 2"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, {}, "mlp_only_layers of .* is \\[1\\]"),
+        *(({"model_type": f, "rope_scaling": {"type": "x"}}, {}, "type of .* is 'x'") for f in FAMILIES if f != "gpt2"),
         ({"hidden_act": "relu"}, {}, "activation 'relu'"),
         ({"num_hidden_layers": 10**9}, {}, "1000000000 layers cannot be filled from 21 tensors"),
         ({"num_hidden_layers": 3}, {}, "misses model.layers.2.* and 8 other tensors"),
@@ -170,7 +175,7 @@ def test_a_second_copy_of_a_tied_head_is_passed_over(golden):
     ],
 )
 def test_what_cannot_be_taken_over_is_named(golden, config, weights, told):
-    folder, _, _ = golden("llama")
+    folder, _, _ = golden(family if (family := config.get("model_type")) in FAMILIES else "llama")
     before = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(before | config))
     torch.save(torch.load(folder / "pytorch_model.bin") | weights, folder / "pytorch_model.bin")
@@ -218,9 +223,19 @@ def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, tokeniz
         assert (model(tokens).logits - expected).abs().max() < 1e-4
 
 
-def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, run, data, tmp_path, capsys):
-    pytest.importorskip("safetensors")
-    call(published, "--export", "out", run)
+def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, refused, run, data, tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    call(published, "--export", "out", "run")
+    files = "config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json"
+    assert capsys.readouterr().out == f"exported step 20 of run to out: {files}\n"
+    assert {tensor.dtype for tensor in safetensors.load_file("out/model.safetensors").values()} == {torch.float32}
+    plain = [json.loads((tmp_path / "out" / name).read_text()) for name in files.split(", ") if "config" in name]
+    kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32"}
+    ends = {"bos_token_id": 256, "eos_token_id": 256}
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    assert plain[0] == plain[0] | kind | ends and plain[1:] == [ends, names]
+    assert "out is not an empty folder" in refused(published, "--export", "out", "nowhere")
+    assert "no checkpoint" in refused(published, "--export", "new", "nowhere") and not Path("new").exists()
     texts = []
     for source in (run, "out"):
         capsys.readouterr()
@@ -234,11 +249,12 @@ def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, run, data, 
 
 def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
     """Written by us, read by Hugging Face's tokenizers and by us, against tiktoken."""
-    tokenizers = pytest.importorskip("tokenizers")
     try:
         encoding = prepare.named_tokenizer("gpt2")
     except SystemExit:
         pytest.skip("tiktoken has not fetched it here")
+    assert [*prepare.encode(encoding, "Hello world"), encoding.eot_token] == [15496, 995, 50256]  # as OpenAI published
+    tokenizers = pytest.importorskip("tokenizers")
     published.save_published_tokenizer(tmp_path, encoding)
     text = Path(models.__file__).read_text() + " naïve 你好🙂🙂  12345678 \n\n\t x' I'LL don't\n "
     ids = prepare.encode(encoding, text).tolist()
@@ -248,30 +264,25 @@ def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
     assert read.eot_token == encoding.eot_token
 
 
-def test_the_tokenizer_that_transformers_writes_for_gpt2_is_read(tmp_path):
-    """Its tokenizer.json holds no pattern: ByteLevel itself knows how GPT-2 cuts text."""
+@pytest.mark.parametrize("digits", [False, True])
+def test_tokenizers_of_hugging_face_are_read(refused, tmp_path, digits):
+    """As for GPT-2: ByteLevel itself knows how to cut text. As SmolLM2's: each digit on its own, and no token for some
+    control characters."""
     tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.ByteLevelBPETokenizer()
-    theirs.train_from_iterator([Path(prepare.__file__).read_text()], 600, special_tokens=["<|endoftext|>"])
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    text = "def train_bpe(counts):  # don't 12345\n    return naïve 你好"
-    read = published.load_published_tokenizer(tmp_path)
-    assert prepare.encode(read, text).tolist() == theirs.encode(text).ids
-
-
-def test_digits_and_missing_bytes_are_handled_as_hugging_face_does(tmp_path):
-    """As in SmolLM2's tokenizer: each digit on its own, and no token for some control characters."""
-    tokenizers = pytest.importorskip("tokenizers")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), byte_level])
-    text = Path(models.__file__).read_text() + " 你好🙂🙂 don't  12345 \n\n\t x'7 8  9"
+    steps = tokenizers.pre_tokenizers
+    theirs, byte_level = tokenizers.Tokenizer(tokenizers.models.BPE()), steps.ByteLevel(add_prefix_space=False)
+    theirs.pre_tokenizer = steps.Sequence([steps.Digits(True), byte_level]) if digits else byte_level
+    text = Path(models.__file__).read_text() + " naïve 你好🙂🙂 don't  12345 \n\n\t x'7 8  9"
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, special_tokens=["<|endoftext|>"], show_progress=False)
     theirs.train_from_iterator([text], trainer)
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours = published.load_published_tokenizer(tmp_path)
     for start in ("", "a\x04b \x1d", "\x04"):
         assert prepare.encode(ours, start + text).tolist() == theirs.encode(start + text).ids
+    plain = (tmp_path / "tokenizer.json").read_text()
+    for name in ("individual_digits", "use_regex") if digits else ():
+        (tmp_path / "tokenizer.json").write_text(plain.replace(f'"{name}": true', f'"{name}": false'))
+        assert f'"{name}": false' in refused(prepare, "--tokenizer", tmp_path)
 
 
 def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
@@ -285,45 +296,59 @@ def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
     assert theirs.encode(text).ids == prepare.encode(ours, text).tolist()
 
 
+def textbook(folder: Path, old: str, new: str) -> None:
+    """Write the tokenizer of test_bpe_learns_the_textbook_example, with a change in tokenizer.json."""
+    ranks = prepare.train_bpe(Counter({"aaabdaaabac": 1}), 300)
+    published.save_published_tokenizer(folder, prepare.make_tokenizer("textbook", prepare.GPT4_PATTERN, ranks))
+    plain = json.dumps(json.loads((folder / "tokenizer.json").read_text()))
+    assert old in plain
+    (folder / "tokenizer.json").write_text(plain.replace(old, new))
+
+
+OF_MODELS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+SWITCHES = ("lstrip", "rstrip", "single_word", "invert", "use_regex", "add_prefix_space")
+NORMALIZER, MERGES = '"normalizer": {"type": "%s"}, "version"', '["a", "a"], ["a", "b"]'
+
+
+def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path):
+    ways = [('"version"', NORMALIZER % "NFC"), (MERGES, '"a a", "a b"'), ("<|endoftext|>", "<|end_of_text|>")]
+    for old, new in ways:
+        textbook(tmp_path, old, new)
+        read = published.load_published_tokenizer(tmp_path)
+        assert [*prepare.encode(read, "aaabdaaabac"), read.eot_token] == [258, ord("d"), 258, ord("a"), ord("c"), 259]
+
+
 @pytest.mark.parametrize(
-    "change, told",
+    "old, new, told",
     [
-        ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase is not supported"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "the pre-tokenizer"),
-        ({"pre_tokenizer": {"pretokenizers": [{"type": "Punctuation"}, {"type": "ByteLevel"}]}}, '"Punctuation"'),
-        ({"added_tokens": [{"content": "<|endoftext|>", "id": 256, "lstrip": True}]}, "lstrip True is not supported"),
+        *(('"BPE"', f'"BPE", "{name}": 1', f"{name} 1 is not supported (model)") for name in OF_MODELS),
+        *((f'"{name}": false', f'"{name}": true', name) for name in SWITCHES),
+        *(('"Isolated"', f'"{name}"', name) for name in ("Removed", "MergedWithPrevious", "Contiguous")),
+        ('"Split"', '"Punctuation"', '"Punctuation"'),
+        ('"Regex"', '"String"', '"String"'),
+        ('"BPE"', '"WordPiece"', "not byte-level BPE"),
+        ('"pre_tokenizer"', '"pre_tokenizer": null, "x"', "not byte-level BPE"),
+        ('"pre_tokenizer"', '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true}, "x"', "pre-tokenizer"),
+        ('"version"', NORMALIZER % "Lowercase", "the normalizer Lowercase is not supported"),
+        ("<|endoftext|>", "<|end|>", "no token that marks the end of a document"),
+        (MERGES, '["a", "b"], ["a", "a"]', "its merges are not in the order of their ids"),
     ],
 )
-def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, tmp_path, change, told):
-    published.save_published_tokenizer(tmp_path, prepare.byte_tokenizer())
-    plain = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(plain | change))
+def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, tmp_path, old, new, told):
+    textbook(tmp_path, old, new)
     (tmp_path / "a.txt").write_text("text")
     assert told in refused(prepare, "a.txt", "--tokenizer", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["--export", "new", "nowhere"], "no checkpoint"),
-        (["--export", "full", "nowhere"], "full is not an empty folder"),
-    ],
-)
-def test_an_export_that_cannot_be_is_refused(refused, tmp_path, arguments, told):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    assert told in refused(published, *arguments)
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_published_folder_that_cannot_be_loaded_is_one_sentence(golden, refused):
+    malicious = type("", (), {"__reduce__": lambda self: (Path.touch, (Path("executed"),))})
     folder, _, _ = golden("llama")
     (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram"}, "pre_tokenizer": null}')
     assert "not byte-level BPE" in refused(sample, folder)
     (folder / "tokenizer.json").unlink()
     assert "tokenizer.json" in refused(sample, folder)
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02garbage")
-    assert f"cannot load {folder}" in refused(sample, folder)
+    torch.save({"x": malicious()}, folder / "pytorch_model.bin")
+    assert f"cannot load {folder}" in refused(sample, folder) and not (folder / "executed").exists()
     (folder / "pytorch_model.bin").unlink()
     assert "neither model.safetensors nor pytorch_model.bin" in refused(train, "--init", folder)
 
