@@ -160,9 +160,10 @@ def test_a_greeting_that_begins_all_conversations_does_not_put_them_into_one_spl
     "begin, header, end, opening",
     [
         ("", "<|im_start|>{}\n", "<|im_end|>\n", ""),
-        ("", "<|im_start|>{}\n", "<|im_end|>\n", "<think>\n\n</think>\n\n"),  # Qwen3
-        ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),  # Llama 3
+        ("", "<|im_start|>{}\n", "<|im_end|>\n", "<think>\n\n</think>\n\n"),
+        ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
     ],
+    ids=["chatml", "qwen3", "llama3"],
 )
 def test_a_conversation_is_written_as_its_control_tokens_tell(begin, header, end, opening, tmp_path):
     """Here, and by the template that is exported with the tokenizer."""
@@ -372,8 +373,9 @@ def until_end(drawn, n_tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_chat_run_ends_with_the_loss_and_the_answers_of_its_model_in_its_precision(call, chat_data, capsys, dtype):
-    """The mean loss over the counted tokens, and three held-out conversations up to the first answer and that."""
+def test_a_chat_run_ends_with_the_loss_and_the_answers_of_its_model(call, chat_data, capsys, dtype):
+    """The mean loss over the counted tokens, in the precision of training, and three held-out conversations up to the
+    first answer and what the model answers."""
     call(train, *SMALL, "--dtype", dtype, "--data", chat_data, "--out", "r", "--steps", 4, "--lr", 1e-2)
     printed, model, losses = capsys.readouterr().out, load_model("r")[0].eval(), []
     data = Conversations(prepare.load_dataset(chat_data)[1]["val"], SEQ_LEN, BYTE)
@@ -388,7 +390,7 @@ def test_a_chat_run_ends_with_the_loss_and_the_answers_of_its_model_in_its_preci
             ids = ids[: ids.index(START, 1) + len("-assistant\n")]
             answer = until_end(generate(model, torch.tensor([ids]), temperature=0), SEQ_LEN - len(ids))
             assert f"{BYTE.decode(ids + answer)}\n\n" in printed
-    assert rows(Path("r"), "val_loss")[4] == pytest.approx(np.mean(losses), abs=1e-6)
+    assert rows(Path("r"), "val_loss")[4] == pytest.approx(np.mean(losses), abs=1e-5)
     assert "bits per byte" not in printed
 
 

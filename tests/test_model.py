@@ -141,9 +141,9 @@ def test_bfloat16_autocast_changes_logits_little(kind):
 def test_one_batch_is_learned_by_heart(kind):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**KINDS[kind], "dropout": 0.0}))
-    tokens = random_tokens(4, 25)
+    tokens = random_tokens(2, 25)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for _ in range(100):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
