@@ -20,13 +20,15 @@ in a large model. The defaults of GPTConfig are today's column, except that each
 One switch goes beyond both columns: with ngram_rows, the last two and three tokens have embeddings of their own.
 
 Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, L layers,
-S maximum sequence length, E experts, V vocabulary. Switches are resolved when the model is built, so that each forward
-reads like its equation; `unchanged` stands in for most functions that a setting has switched off.
+S maximum sequence length, E experts, V vocabulary. The file goes from the leaves to the root: norm, positions, cache,
+attention, MLP, experts, block, GPT; then how it generates, the presets, and a checkpoint read back as a model. It needs
+torch alone, so it can be copied into a notebook.
 
     python model.py        list the presets with their parameters, FLOPs and cache sizes
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -34,13 +36,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from prepare import fail, sha256_of
 
 HUGE = 1e15  # stands for "no upper limit" in the table of legal ranges
 
@@ -87,6 +87,7 @@ class GPTConfig:
     }
 
     def __post_init__(self):
+        self.given = asdict(self)  # before sizes are derived, so that another n_embd can derive them again
         for name, hint in get_type_hints(type(self)).items():
             value, legal = getattr(self, name), get_args(hint) or (hint,)  # types, or the values of a Literal
             least, most = self.RANGES.get(name, (1, HUGE))
@@ -98,7 +99,6 @@ class GPTConfig:
             elif type(value) in (int, float) and not least <= value <= most:
                 raise ValueError(f"{name} {value} is not between {least:g} and {most:g}")
 
-        self.derived = [name for name in ("head_dim", "n_kv_head", "n_inner") if getattr(self, name) is None]
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -111,19 +111,14 @@ class GPTConfig:
         if self.n_expert is not None and self.n_expert_active > self.n_expert:
             raise ValueError(f"n_expert_active {self.n_expert_active} is larger than n_expert {self.n_expert}")
 
-    def chosen(self) -> dict:
-        """All settings as a flat dict. Derived ones are None, so that a changed n_embd derives them again."""
-        return {**asdict(self), **dict.fromkeys(self.derived)}
+    def changed(self, **settings) -> Self:
+        """This config with other settings. Unlike dataclasses.replace, it derives sizes again that were derived."""
+        return type(self)(**{**self.given, **settings})
 
 
 def model_settings(settings: dict) -> dict:
     """The settings of GPTConfig in a flat dict that may also hold those of training, such as a checkpoint's."""
     return {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
-
-
-def unchanged(x, *_):
-    """Return x: the stand-in for a function that a setting has switched off."""
-    return x
 
 
 class RMSNorm(nn.RMSNorm):
@@ -139,7 +134,10 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
     return RMSNorm(size, config.norm_eps)
 
 
-def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+Angles = tuple[Tensor, Tensor]  # their cosines and sines [B, 1, T, D]
+
+
+def rotary_angles(positions: Tensor, config: GPTConfig) -> Angles:
     """Cosine and sine [B, 1, T, D] of the angles by which RoPE (Su et al., 2021) rotates the channels of all heads at
     positions [B, T]. Channels i and i + D/2 are a point in the plane, rotated once every 2 pi base^(2i/D) tokens."""
     D = config.head_dim
@@ -148,7 +146,7 @@ def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Rotate each pair of channels of x [B, heads, T, D]."""
     cos, sin = (a.to(x.dtype) for a in angles)
     first, second = x.chunk(2, dim=-1)
@@ -179,11 +177,6 @@ class NgramEmbedding(nn.Module):
         return x
 
 
-class LearnedPositions(Embedding):
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x + super().forward(positions)
-
-
 class KVCache:
     """The keys and values of up to `size` past tokens (default: S), so that generation computes them only once."""
 
@@ -210,7 +203,8 @@ class KVCache:
 
 def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: float) -> Tensor:
     """scaled_dot_product_attention with scores limited to (-cap, cap) before the mask (Gemma 2, Grok-1)."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # a no-op unless enable_gqa
+    if enable_gqa:  # each key and value serves a group of query heads
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scores = cap * torch.tanh(q @ k.transpose(2, 3) / math.sqrt(q.size(3)) / cap)
     if is_causal:
         attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
@@ -234,20 +228,20 @@ class Attention(nn.Module):
         self.key = nn.Linear(C, K * D, bias=config.bias)
         self.value = nn.Linear(C, K * D, bias=config.bias)
         self.out = nn.Linear(H * D, C, bias=config.bias)
-        self.query_norm = make_norm(config, D) if config.qk_norm else unchanged
-        self.key_norm = make_norm(config, D) if config.qk_norm else unchanged
-        self.rotate = rotate if config.position == "rope" else unchanged
+        self.query_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
+        self.key_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         cap = config.attention_cap
         self.attend = partial(capped_attention, cap=cap) if cap else F.scaled_dot_product_attention
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """`angles`: of rotary positions. `mask`: which tokens each token sees, by default all up to itself."""
         B, T, _ = x.shape
         q = self.query(x).view(B, T, -1, self.head_dim)  # [B, T, H, D]
         k = self.key(x).view(B, T, -1, self.head_dim)  # [B, T, K, D]
         v = self.value(x).view(B, T, -1, self.head_dim)
         q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
-        q, k = self.rotate(q, angles), self.rotate(k, angles)  # [B, H, T, D], [B, K, T, D]
-
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)  # [B, H, T, D], [B, K, T, D]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
@@ -320,11 +314,11 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.n_embd)
         self.mlp = Experts(config) if config.n_expert else MLP(config)
-        self.attention_post_norm = make_norm(config, config.n_embd) if config.post_norm else unchanged
-        self.mlp_post_norm = make_norm(config, config.n_embd) if config.post_norm else unchanged
+        self.attention_post_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
+        self.mlp_post_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + self.dropout(self.attention_post_norm(self.attention(self.attention_norm(x), angles, mask, cache)))
         return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
@@ -338,10 +332,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.n_embd)
-        self.ngrams = NgramEmbedding(config) if config.ngram_rows else unchanged
-        learned = config.position == "learned"
-        self.positions = LearnedPositions(config.seq_len, config.n_embd) if learned else unchanged
-        self.angles = unchanged if learned else partial(rotary_angles, config=config)
+        self.ngrams = NgramEmbedding(config) if config.ngram_rows else None
+        self.positions = Embedding(config.seq_len, config.n_embd) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
@@ -389,14 +381,20 @@ class GPT(nn.Module):
         positions = torch.arange(start, end, device=tokens.device)[None]  # [1, T]
         mask = None  # each token sees all tokens up to itself
         if documents is not None:
-            positions = positions - torch.searchsorted(documents, documents)  # [B, T], from the start of each document
+            starts = torch.searchsorted(documents, documents)  # [B, T]: the first place of the same document number
+            positions = positions - starts
             mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # [B, 1, T, T]
         elif start > 0 and T > 1:  # several new tokens after cached ones
             mask = torch.ones(T, end, dtype=torch.bool, device=tokens.device).tril(start)
         so_far = tokens if cache is None else torch.cat((cache.tokens, tokens), dim=1)
-        x = self.ngrams(self.embedding(tokens) * self.config.embedding_scale, so_far, positions)
-        x = self.dropout(self.positions(x, positions))
-        angles = self.angles(positions)
+
+        x = self.embedding(tokens) * self.config.embedding_scale
+        if self.ngrams is not None:
+            x = self.ngrams(x, so_far, positions)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        x = self.dropout(x)
+        angles = rotary_angles(positions, self.config) if self.positions is None else None
         for block in self.blocks:
             x = block(x, angles, mask, cache)
         if cache is not None:
@@ -560,7 +558,9 @@ def read_checkpoint(record: Path) -> dict:
     executed. A damaged checkpoint can raise any exception."""
     named = json.loads(record.read_text(encoding="utf-8"))
     path = record.with_name(Path(named["file"]).name)
-    if sha256_of(path) != named["sha256"]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != named["sha256"]:
         raise ValueError(f"{path.name} does not match its SHA-256")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if missing := {"step", "config", "model", "optimizer", "tokenizer", "data"} - state.keys():
@@ -571,26 +571,26 @@ def read_checkpoint(record: Path) -> dict:
 
 def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     """The state of a checkpoint (named by its .json or .pt file), or of the newest intact one in a run's folder, and
-    the path of its JSON file. Names each damaged checkpoint that it skips. Ends the program if none is left."""
+    the path of its JSON file. Names each damaged checkpoint that it skips. Raises ValueError if none is left."""
     path = Path(path)
     records = [path.with_suffix(".json")] if path.is_file() else sorted(path.glob("step-*.json"), reverse=True)
     records = [record for record in records if record.exists()]
     if not records:
-        fail(f"there is no checkpoint in {path}: make one with python train.py")
+        raise ValueError(f"there is no checkpoint in {path}: make one with python train.py")
     for record in records:
         try:
             return read_checkpoint(record), record
         except Exception as error:  # noqa: BLE001
             reason = str(error).partition("\n")[0]
             print(f"damaged: {record} ({type(error).__name__}: {reason})", file=sys.stderr)
-    fail(f"there is no intact checkpoint left in {path}")
+    raise ValueError(f"there is no intact checkpoint left in {path}")
 
 
 def newest_run(runs: str | Path = "runs") -> Path:
-    """The folder in `runs` with the newest checkpoint."""
+    """The folder in `runs` with the newest checkpoint. Raises ValueError if there is none."""
     records = list(Path(runs).glob("*/step-*.json"))
     if not records:
-        fail(f"there is no checkpoint in {runs}/ yet: make one with python train.py")
+        raise ValueError(f"there is no checkpoint in {runs}/ yet: make one with python train.py")
     return max(records, key=lambda record: record.stat().st_mtime).parent
 
 
@@ -614,8 +614,8 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
 
 
 def choose_device(name: str | None, local_rank: int = 0) -> tuple[torch.device, str]:
-    """The device called `name`, by default the accelerator if there is one, and the reason for the choice. Ends the
-    program if the device cannot be used."""
+    """The device called `name`, by default the accelerator if there is one, and the reason for the choice. Raises
+    ValueError if the device cannot be used."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator and name in (None, accelerator.type):
         index = local_rank % torch.accelerator.device_count()
@@ -627,7 +627,7 @@ def choose_device(name: str | None, local_rank: int = 0) -> tuple[torch.device, 
         float(torch.ones((), device=name))
         return torch.device(name), "as set"
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:200]}") from error
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -1,9 +1,9 @@
 """Estimate what a run will take before it starts: time, memory, network traffic, failures.
 
-    python train.py --plan                                           this machine, from a few measured steps
-    python train.py --plan --preset llama3-8b --gpus 8 --shard 8     a cluster, from published figures
+    python plan.py                                           this machine, from a few measured steps
+    python plan.py --preset llama3-8b --gpus 8 --shard 8     a cluster, from published figures
 
-All flags of train.py apply. Nothing else in the project needs this file.
+All settings of train.py are flags here too. Nothing else in the project needs this file.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ import torch.distributed as dist
 
 import train
 from model import GPT
-from prepare import clock, fail, load_dataset
+from prepare import clock, fail, load_dataset, tolerate_streams
 from train import ACCELERATORS, Config, muon_matrices
 
 # Assumptions about clusters: nodes of eight GPUs with a 400 Gbit/s port each, and as many failures as Meta reported for
@@ -139,8 +138,8 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     if config.epochs:
         if not meta:
             fail(f"the steps of --epochs follow from {config.data}, which is missing: give --steps or --tokens")
-        config.steps = math.ceil(config.epochs * meta["train"]["tokens"] / config.batch_tokens)
-    config.vocab_size = config.vocab_size or meta.get("vocab_size")
+        config = config.changed(steps=math.ceil(config.epochs * meta["train"]["tokens"] / config.batch_tokens))
+    config = config.changed(vocab_size=config.vocab_size or meta.get("vocab_size"))
     if config.vocab_size is None:
         fail(f"{config.preset} takes its vocabulary from its data set, but {config.data} is missing: give --vocab_size")
     with torch.device("meta"):
@@ -192,7 +191,7 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
         smallest = next((s for s, size in needed.items() if size <= device.memory), None)
         too_large = f"it takes {min(needed.values()) / 1e9:,.0f} GB with any --shard"
         if not config.recompute:
-            kept = memory_parts(model, replace(config, recompute=True), shard)["activations"]
+            kept = memory_parts(model, config.changed(recompute=True), shard)["activations"]
             too_large += f"; with --recompute {(parts['activations'] - kept) / 1e9:,.0f} GB less"
         warnings.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
 
@@ -243,12 +242,16 @@ def local_plan(given: dict) -> None:
     print(f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}")
 
 
-def main(given: dict, resume: bool) -> None:
-    """Print the plan of a run with the settings `given`, those of a cluster among them."""
-    gpus, gpu = given.pop("gpus", None), given.pop("gpu", "H100")
-    mfu, tokens = given.pop("mfu", 0.4), given.pop("tokens", None)
-    if resume:
-        fail("a plan is made for a new run: leave out --resume, and give the settings of a run with --config")
+def main() -> None:
+    tolerate_streams()
+    parser = train.make_parser(__doc__)
+    add = parser.add_argument_group("planning").add_argument
+    add("--gpus", type=int, metavar="INT", help="plan for a cluster with this number of GPUs")
+    add("--gpu", choices=ACCELERATORS, type=str.upper, default="H100", help="their kind (%(default)s)")
+    add("--mfu", type=float, metavar="FLOAT", default=0.4, help="share of their peak to assume (%(default)s)")
+    add("--tokens", type=float, metavar="FLOAT", help="tokens to train on, instead of --steps")
+    given = train.parse(parser)
+    gpus, gpu, mfu, tokens = given.pop("gpus", None), given.pop("gpu"), given.pop("mfu"), given.pop("tokens", None)
     if not 0 < mfu <= 1:
         fail(f"--mfu {mfu} is not in (0, 1]")
     if tokens is not None:
@@ -262,4 +265,4 @@ def main(given: dict, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    fail("plans are made by python train.py --plan")
+    main()

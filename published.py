@@ -12,18 +12,17 @@ in both directions. Reading and writing model.safetensors needs `pip install saf
 import argparse
 import json
 import re
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
-import tiktoken
 import torch
 from torch import Tensor
 
 from model import GPT, GPT2, GPTConfig, empty_model, load_checkpoint, model_settings, model_with
-from prepare import END_OF_TEXT, Template, end_tokens, fail, make_tokenizer, template_of
-from prepare import tokenizer_from_dict, tokenizer_to_dict, write_json
+from prepare import exit_on, fail, write_json
+from tokenizer import END_OF_TEXT, Template, Tokenizer, load_tokenizer, to_tokenizer_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading any model: a run of ours or a published folder
@@ -31,7 +30,7 @@ from prepare import tokenizer_from_dict, tokenizer_to_dict, write_json
 
 def load_source(path: str | Path) -> tuple[dict, Path]:
     """The state of a run, a checkpoint or a published folder, and where it was found. A published folder has step 0 and
-    no optimizer state. Ends the program if nothing can be loaded."""
+    no optimizer state. Raises ValueError, in a sentence, if nothing can be loaded."""
     folder = Path(path)
     try:
         published = "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -43,8 +42,9 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
         config, weights = load_published(folder)
         chat = has_chat_template(folder)
     except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
-        fail(f"cannot load {folder}: {(str(error) or type(error).__name__).splitlines()[0]}")
-    tokenizer = tokenizer_to_dict(load_published_tokenizer(folder), chat)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load {folder}: {reason}") from error
+    tokenizer = load_tokenizer(folder).to_dict(chat)
     return {"step": 0, "model": weights, "config": asdict(config), "tokenizer": tokenizer}, folder
 
 
@@ -54,29 +54,24 @@ def has_chat_template(folder: Path) -> bool:
     return inside or (folder / "chat_template.jinja").exists()
 
 
-def load_tokenizer(path: Path) -> tiktoken.Encoding:
-    """The tokenizer of a run, a checkpoint or a published folder. Ends the program on failure."""
-    if (path / "tokenizer.json").exists():
-        return load_published_tokenizer(path)
-    state, source = load_checkpoint(path)
-    try:
-        return tokenizer_from_dict(state["tokenizer"])
-    except Exception as error:  # noqa: BLE001 - as above
-        fail(f"{source} holds no tokenizer ({type(error).__name__}: {error})")
+class Loaded(NamedTuple):
+    """A model on the CPU with its tokenizer, where they were found, and whether it was trained on conversations."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    source: Path
+    chat: bool
 
 
-def load_model(path: str | Path, chat: bool = False) -> tuple[GPT, tiktoken.Encoding, Path]:
-    """The model on the CPU, its tokenizer, and where they were found. Ends the program on failure. With `chat`, warn if
-    the model was not trained on conversations."""
+def load_model(path: str | Path) -> Loaded:
+    """Load a run, a checkpoint or a published folder. Raises ValueError, in a sentence, if that is impossible."""
     state, source = load_source(path)
-    if chat and not state["tokenizer"].get("chat"):
-        print(f"{source} was not trained on conversations, so do not expect answers", file=sys.stderr)
     try:
-        config = GPTConfig(**model_settings(state["config"]))
-        return model_with(config, state["model"]), tokenizer_from_dict(state["tokenizer"]), source
+        model = model_with(GPTConfig(**model_settings(state["config"])), state["model"])
+        return Loaded(model, Tokenizer.from_dict(state["tokenizer"]), source, state["tokenizer"].get("chat", False))
     except Exception as error:  # noqa: BLE001 - as above
         reason = str(error).partition("\n")[0]
-        fail(f"{source} holds no model ({type(error).__name__}: {reason})")
+        raise ValueError(f"{source} holds no model ({type(error).__name__}: {reason})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,98 +314,10 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], 
     write_json(folder / "generation_config.json", ends)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
-
-
-def load_published_tokenizer(folder: Path) -> tiktoken.Encoding:
-    """Load a published model's tokenizer.json, Hugging Face's format. Only byte-level BPE is supported."""
-    path = folder / "tokenizer.json"
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        pattern = published_pattern(plain)
-        special = {token["content"]: token["id"] for token in plain["added_tokens"]}
-        ends = [name for name in (END_OF_TEXT, "<|end_of_text|>") if name in special]  # the second is Llama 3's
-        if not ends:
-            raise ValueError("it has no token that marks the end of a document")
-        bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-        vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in plain["model"]["merges"]]
-        merged = [vocab[left + right] for left, right in merges]
-        if merged != sorted(merged):
-            raise ValueError("its merges are not in the order of their ids, which tiktoken requires")
-        ranks = {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()}
-        return make_tokenizer(folder.name, pattern, ranks, {END_OF_TEXT: special.pop(ends[0]), **special})
-    except Exception as error:  # noqa: BLE001 - a damaged file can make tiktoken fail in any way
-        fail(f"cannot use {path}: {error}")
-
-
-def published_pattern(plain: dict) -> str:
-    """The pattern that splits text as the pre-tokenizer of a tokenizer.json does. Raises ValueError, by name, for what
-    would change ids and is not supported."""
-    model, first = plain["model"], plain["pre_tokenizer"] or {}
-    steps = first.get("pretokenizers", [first])  # a sequence of steps, or one step on its own
-    if model["type"] != "BPE" or "ByteLevel" not in [step.get("type") for step in steps]:
-        raise ValueError("it is not byte-level BPE, the only kind that is supported")
-    if (normalizer := (plain.get("normalizer") or {"type": "NFC"})["type"]) != "NFC":  # nearly all text is in NFC
-        raise ValueError(f"the normalizer {normalizer} is not supported")
-    refused = [(model, "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback")]
-    refused += [(token, "lstrip rstrip single_word") for token in plain["added_tokens"]]
-    for settings, names in refused:
-        for name in names.split():
-            if settings.get(name):
-                raise ValueError(f"{name} {settings[name]} is not supported ({settings.get('content', 'model')})")
-    match steps:
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            return pattern
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return r"(?s:.+)"
-        case [{"type": "ByteLevel", "add_prefix_space": False}]:
-            return GPT2_PATTERN
-        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False} as last]:
-            if last.get("use_regex", True):
-                return DIGITS_PATTERN
-    raise ValueError(f"the pre-tokenizer {json.dumps(steps)} is not supported")
-
-
-def byte_letters() -> dict[int, str]:
-    """The letter for each byte in tokenizer.json: the byte's own character if printable, else one from 256 up."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def save_published_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, chat: bool = False) -> None:
-    """Write tokenizer.json and tokenizer_config.json, with which Hugging Face's libraries produce the same ids, and for
-    a chat model its template."""
-    letters = byte_letters()
-    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer._mergeable_ranks.items()}
-    # tiktoken merges any two neighbours that spell a token, so every way to split a token is a merge.
-    pairs = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
-    merges = [pair for pair in pairs if vocab.keys() >= set(pair)]
-    # The regular expressions there (Oniguruma) read {1,3}+ as a repetition and $ as the end of a line.
-    pattern = tokenizer._pat_str.replace("}+", "}").replace("$", r"\z")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    plain = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": token, "content": text, "special": True}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            for text, token in tokenizer._special_tokens.items()
-        ],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level] if merges else [byte_level]},
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-    write_json(folder / "tokenizer.json", plain)
-    template = template_of(tokenizer) if chat else None
+def save_published_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool = False) -> None:
+    """Write tokenizer.json and tokenizer_config.json, and for a chat model its template."""
+    write_json(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
+    template = tokenizer.template if chat else None
     end = template.end if template else END_OF_TEXT
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": end}
     write_json(folder / "tokenizer_config.json", names)
@@ -438,12 +345,12 @@ def export(folder: Path, run: Path) -> None:
     """Write the newest checkpoint of a run as a published model with its tokenizer."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"{folder} is not an empty folder: choose another one to export to")
-    state, record = load_checkpoint(run)
+    with exit_on(ValueError):
+        state, record = load_checkpoint(run)
     try:
-        tokenizer = tokenizer_from_dict(state["tokenizer"])
-        chat = state["tokenizer"].get("chat", False)
-        stops = sorted(end_tokens(tokenizer), reverse=True) if chat else tokenizer.eot_token
-        ends = {"bos_token_id": tokenizer.eot_token, "eos_token_id": stops}
+        tokenizer, chat = Tokenizer.from_dict(state["tokenizer"]), state["tokenizer"].get("chat", False)
+        stops = sorted(tokenizer.ends, reverse=True) if chat else tokenizer.end_of_text
+        ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": stops}
         save_published(folder, GPTConfig(**model_settings(state["config"])), state["model"], ends)
         save_published_tokenizer(folder, tokenizer, chat)
     except (ValueError, OSError) as error:
@@ -454,9 +361,7 @@ def export(folder: Path, run: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--export", nargs=2, type=Path, metavar=("DIR", "RUN"), required=True, help="write a run's model"
-    )
+    parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), required=True, help="write a model")
     export(*parser.parse_args().export)
 
 

@@ -6,17 +6,16 @@
     python train.py --config runs/toy-1/config.json --seed 2    the settings of an earlier run, with another seed
     python train.py --out runs/toy-1 --resume                   continue a run that was stopped
     python train.py --init downloads/gpt2 --data data/mine      start from published weights, or from another run's
-    python train.py --init runs/toy-1 --data data/chat          fine-tune it on conversations (prepare.py --chat)
-    python train.py --plan                                      estimate time and memory, train nothing (plan.py)
+    python train.py --init runs/toy-1 --data data/chat          fine-tune it on conversations (chat.py --prepare)
     torchrun --standalone --nproc_per_node=8 train.py           train in 8 processes, on CPUs or GPUs
     torchrun ... train.py --preset llama3-8b --shard 8          shard each copy of the model over 8 processes (FSDP2)
 
-A run is a folder with config.json, metrics.jsonl and checkpoints. Ctrl-C stops it at the end of a step and saves it.
-Apart from weights and optimizer state, the step number is a run's only state: the batch and the dropout of a step
-depend on the seed and the step alone, so that a resumed run gives the same bits as one that was never stopped. Several
-processes train one model on the same batches, and any number of them can resume any run. The README has the commands
-for several nodes and for restarts after faults; these start two nodes of eight GPUs under Slurm, with five minutes to
-save before the job ends:
+A run is a folder with config.json, tokenizer.json, metrics.jsonl and checkpoints. Ctrl-C stops it at the end of a step
+and saves it. Apart from weights and optimizer state, the number of steps done is a run's only state: the batch and the
+dropout of the next step depend on the seed and that number alone, so that a resumed run gives the same bits as one that
+was never stopped. Several processes train one model on the same batches, and any number of them can resume any run. The
+README has the commands for several nodes and for restarts after faults; these start two nodes of eight GPUs under
+Slurm, with five minutes to save before the job ends:
 
     #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 --signal=USR1@300
     HOST=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)
@@ -24,7 +23,7 @@ save before the job ends:
         --rdzv-id=$SLURM_JOB_ID --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=280 \\
         train.py --preset gpt2 --out runs/big --resume
 
-Read train() first; what it calls follows in the order of its calls.
+Read train() and backward() first. The sections after them follow in the order in which train() needs them.
 """
 
 import gc
@@ -55,10 +54,9 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -70,11 +68,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import prepare
+from chat import IGNORED, Conversations, dialogues
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, has_bfloat16
 from model import load_checkpoint, model_settings, model_with, newest_run
-from prepare import Console, Conversations, Windows, clock, fail, shard_hashes
+from prepare import Console, Windows, clock, exit_on, fail, moved, shard_hashes
 from published import load_source
-from sample import dialogues, sample
+from sample import sample
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -129,10 +129,9 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.derived += [name for name in ("stop_at", "compile") if getattr(self, name) is None]
-        self.stop_at = self.stop_at or self.steps
-        if self.stop_at > self.steps and self.epochs is None:
+        if self.epochs is None and self.stop_at is not None and self.stop_at > self.steps:
             raise ValueError(f"stop_at {self.stop_at} is larger than steps {self.steps}")
+        self.stop_at = min(self.stop_at or self.steps, self.steps)
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} together exceed 1")
         unit = self.micro_batch * self.seq_len
@@ -162,91 +161,103 @@ PUBLISHED_LR = 2e-5
 
 
 def train(given: dict, resume: bool) -> None:
-    """A whole run, executed by every rank: set up, then step, log, save and evaluate until the end. `given` are the
-    settings on the command line."""
+    """A whole run, on every rank. `given` are the settings on the command line; `step` is the number of steps done."""
     started, parent = time.monotonic(), os.getppid()
-    rank, world = dist.get_rank(), dist.get_world_size()
     config, step, state = open_run(given, resume)
-    meta, train_data, val_data = load_data(config)
+    config, meta, train_data, val_data = open_data(config)
     if step >= config.stop_at:
         print(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
         return
-    device, machine = choose_machine(config)
+    config, machine = choose_machine(config)  # the last change to the config
 
-    weights = first_weights(config, meta, step, state)  # on rank 0 alone
-    model = build_model(config, device, weights)  # the plain model: to evaluate, save and sample
-    parallel = model  # what the loop calls: under DDP a wrapper that averages gradients; FSDP2's model does so itself
-    if world > 1 and config.shard == 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Matrix products in the run's dtype; weights and sums stay in float32.
-    autocast = torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32")
+    model = build_model(config, machine, first_weights(config, meta, step, state))  # to evaluate, save and sample
+    parallel = data_parallel(model, config)  # the same model, as training calls it
     optimizers = make_optimizers(model, config)
     if step > 0:
         restore_optimizers(model, optimizers, state)
-    del state, weights  # frees the whole model in rank 0's main memory
-    if rank == 0:
-        prepare_folder(config, step, may_exist=step > 0 or "out" in given)
-
-    log = Log(config, model, step, peak_flops(device, config.dtype), started)
-    log.header(train_data, val_data, machine)
+    del state  # frees the whole model in rank 0's main memory
+    prepare_folder(config, meta, step, may_exist=step > 0 or "out" in given)
+    log = Log(config, machine, model, step, started)
+    log.header(train_data, val_data)
     saver, stop_requested = Saver(config, meta, log, model, optimizers), watch_for_stop(parent)
-    best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
-    rows = config.batch_tokens // config.seq_len // world  # sequences per rank in a step
-    skipped, stopping = 0, False
     gc.enable()  # it was off while torch was imported
+    n_skipped, stopping = 0, False
     if step == 0 and config.init:  # where fine-tuning starts
-        log.evaluation(0, *evaluate(model, val_data, config, device, autocast), meta)
+        log.evaluation(0, *evaluate(model, val_data, config, machine), meta)
 
     while step < config.stop_at and not stopping:
-        # One optimizer step. Its batch and its dropout depend on the seed and the step number, and on nothing else.
-        indices = batch_indices(train_data.n_windows, config.seed, step, rows * world)
-        n_targets = train_data.count(indices)  # on all ranks
-        loss = torch.zeros((), device=device)
-        for row in range(rank * rows, (rank + 1) * rows, config.micro_batch):
-            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, row)).generate_state(1)[0]))
-            chosen = indices[row : row + config.micro_batch]
-            inputs, targets, documents = on_device(train_data.get(chosen), device)
-            sync_gradients(parallel, row + config.micro_batch == (rank + 1) * rows)
-            with autocast:  # the sum is the mean over all targets, after the ranks' gradients are averaged
-                micro_loss = parallel(inputs, targets, documents) * (train_data.count(chosen) * world / n_targets)
-            micro_loss.backward()
-            loss += micro_loss.detach()
+        # 1. The gradient of the mean loss over this step's targets. Its batch follows from (seed, step) alone.
+        loss = backward(parallel, train_data, config, machine, step)
         grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+
+        # 2. One optimizer step, on all ranks or on none.
         if grad_norm.isfinite():  # the same number on all ranks
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, config)
                 optimizer.step()
         else:
-            skipped += 1
-            problem = describe_bad_step(step, loss, grad_norm)
-            if skipped > config.skip_bad_steps:
-                advice = saver.wait() or f"continue with --out {config.out} --resume and a lower --lr"
-                stop_all_ranks(f"{problem}: {advice}")
-            log.line(f"{problem}: skipped")
+            n_skipped += 1
+            problem = log.bad_step(step, loss, grad_norm)
+            if n_skipped > config.skip_bad_steps:
+                stop_all_ranks(saver.wait() or f"{problem}: continue with --out {config.out} --resume and a lower --lr")
         model.zero_grad()
         step += 1
-        stopping = stop_requested()
 
+        # 3. Log, evaluate and save, when they are due.
+        stopping = stop_requested()
         is_last, is_best = stopping or step == config.stop_at, False
         log.progress(step)
         if step % config.log_every == 0 or step == 1 or is_last:
-            log.step(step, loss, grad_norm, skipped)
+            log.step(step, loss, grad_norm, n_skipped)
         if step == config.stop_at or (step % config.eval_every == 0 and not stopping):
-            val_loss, val_error = evaluate(model, val_data, config, device, autocast)
-            log.evaluation(step, val_loss, val_error, meta)
-            is_best, best_loss = val_loss < best_loss, min(val_loss, best_loss)
+            val_loss = log.evaluation(step, *evaluate(model, val_data, config, machine), meta)
+            is_best = val_loss < saver.best_loss
         if step % config.save_every == 0 or is_last or is_best:
-            saver.save(step, best_loss if is_best else None)
+            saver.save(step, val_loss if is_best else None)
 
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
-    text, is_chat = None, isinstance(val_data, Conversations)
-    if step == config.steps:
-        tokenizer = prepare.tokenizer_from_dict(meta["tokenizer"])
-        with autocast, torch.compiler.set_stance("force_eager"):  # each step has another shape: too many to compile
-            text = dialogues(model, tokenizer, val_data) if is_chat else sample(model, tokenizer, config.seed)
-    log.end(step, text, "--chat" if is_chat else "--interactive")
+    text = closing_text(model, config, machine, meta, val_data) if step == config.steps else None
+    log.end(step, text, isinstance(val_data, Conversations))
+
+
+def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machine", step: int) -> Tensor:
+    """Compute this rank's part of a step: the gradient of the mean loss over all targets of its batch, micro-batch by
+    micro-batch. Returns the loss, of which the mean over the ranks is that of the step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    n_rows = config.batch_tokens // config.seq_len  # of the whole step
+    indices = batch_indices(data.n_windows, config.seed, step, n_rows)
+    n_targets = data.count(indices)
+    first, end = rank * n_rows // world, (rank + 1) * n_rows // world  # this rank's
+    loss = torch.zeros((), device=machine.device)
+    for row in range(first, end, config.micro_batch):
+        seed_dropout(config.seed, step, row)
+        chosen = indices[row : row + config.micro_batch]
+        inputs, targets, documents = on_device(data.get(chosen), machine.device)
+        sync_gradients(parallel, row + config.micro_batch == end)
+        # The mean loss of these targets, times their share of the step's. Times the number of ranks, too: DDP and FSDP2
+        # average gradients over the ranks, and this makes the average a sum.
+        weight = data.count(chosen) * world / n_targets
+        with machine.autocast:
+            weighted = parallel(inputs, targets, documents) * weight
+        weighted.backward()
+        loss += weighted.detach()
+    return loss
+
+
+def seed_dropout(seed: int, step: int, row: int) -> None:
+    """Give each micro-batch random numbers of its own, whichever rank computes it."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1)[0]))
+
+
+def closing_text(model: GPT, config: Config, machine: "Machine", meta: dict, val_data: "Data") -> str:
+    """What the finished model writes: a sample, or its answers to held-out questions."""
+    tokenizer = Tokenizer.from_dict(meta["tokenizer"])
+    with machine.autocast, torch.compiler.set_stance("force_eager"):  # compiled, each new length would be a new graph
+        if isinstance(val_data, Conversations):
+            return dialogues(model, tokenizer, val_data)
+        return sample(model, tokenizer, config.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,14 +268,22 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
     """Return the config and the number of steps already done, on all ranks, and on rank 0 the state to start from (None
     for new weights). Without a checkpoint in its folder, even --resume starts a new run."""
     check_same("version or setting", {"torch": torch.__version__, "resume": resume, **given})
-    out, step, state = given.get("out"), 0, None
+    out = given.get("out")
     newest = max((record.name for record in Path(out).glob("step-*.json")), default="") if resume and out else ""
     seen = from_all_ranks(newest)  # nodes that do not share the folder would each see their own checkpoints
     if max(seen) > seen[0]:
         stop_all_ranks(f"rank 0 does not see {max(seen)} in {out}: all nodes must share that folder")
-    if dist.get_rank() > 0:
-        return *from_rank_0(None), None  # rank 0 decides, and sends the result at the end of this function
+    config = step = state = None
+    if dist.get_rank() == 0:
+        with exit_on(ValueError):
+            config, step, state = find_start(given, resume, newest)
+    return *from_rank_0((config, step)), state
 
+
+def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dict | None]:
+    """What open_run returns, as rank 0 finds it; `newest` is the name of the newest checkpoint in the given folder.
+    Raises ValueError, or ends the program, if the settings allow no start."""
+    out, step, state = given.get("out"), 0, None
     if out == "":
         fail("--out is empty")
     if not resume and out and any(Path(out).glob("*.json")):
@@ -296,14 +315,15 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
     if step > 0 and lr_at(step, config) > max(2 * lr_at(step, build_config(saved)), config.lr / 10):
         print(f"the new schedule raises the learning rate to {lr_at(step, config):.2g}: set it with --lr and --warmup")
     if config.out is None:
-        config.out = next(out for n in range(1, 10**6) if not Path(out := f"runs/{config.preset}-{n}").exists())
+        free = (out for n in range(1, 10**6) if not Path(out := f"runs/{config.preset}-{n}").exists())
+        config = config.changed(out=next(free))
     world, n_micro = dist.get_world_size(), config.batch_tokens // (config.micro_batch * config.seq_len)
     if n_micro % world:
         legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
         fail(f"{world} processes cannot share {n_micro} micro-batches equally: use {legal}, or another micro_batch")
     if world % config.shard:
         fail(f"{world} processes cannot be divided into groups of --shard {config.shard}")
-    return *from_rank_0((config, step)), state
+    return config, step, state
 
 
 def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> dict[str, Tensor]:
@@ -316,9 +336,9 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
         torch.manual_seed(config.seed)
         return GPT(config).state_dict()
     try:
-        if state["tokenizer"]["ranks"] != meta["tokenizer"]["ranks"]:
+        if not Tokenizer.from_dict(meta["tokenizer"]).extends(Tokenizer.from_dict(state["tokenizer"])):
             fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the checkpoint's tokenizer")
-        if step > 0 and state["data"] != shard_hashes(meta, "train"):
+        if step > 0 and state["data"] != shard_hashes(meta, "train")[: len(state["data"])]:  # older ones lack masks
             fail(f"{config.data} is not the data set that this run started with: prepare it again, or start a new run")
         if step > 0 and (trained_with := state["config"]["optimizer"]) != config.optimizer:
             fail(f"{config.out} was trained with --optimizer {trained_with} and must continue with it")
@@ -332,9 +352,11 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}")
 
 
-def prepare_folder(config: Config, step: int, may_exist: bool) -> None:
-    """Create the run's folder, or remove from it what is in the way of continuing from `step`."""
+def prepare_folder(config: Config, meta: dict, step: int, may_exist: bool) -> None:
+    """Let rank 0 create the run's folder, or remove from it what is in the way of continuing from `step`."""
     run = Path(config.out)
+    if dist.get_rank() > 0:
+        return
     try:
         run.mkdir(parents=True, exist_ok=may_exist)
         lock(run)
@@ -343,7 +365,8 @@ def prepare_folder(config: Config, step: int, may_exist: bool) -> None:
         for path in [*run.glob("step-*.pt"), *run.glob("step-*.json")]:  # of damaged checkpoints that were skipped
             if path.stem > f"step-{step:08d}":
                 path.rename(f"{path}.damaged")  # until the next checkpoint is whole
-        prepare.write_json(run / "config.json", config.chosen())
+        prepare.write_json(run / "config.json", config.given)
+        prepare.write_json(run / "tokenizer.json", meta["tokenizer"])  # for --tokenizer
     except OSError as error:
         fail(f"cannot write to {run}: {error.strerror}")
 
@@ -399,9 +422,10 @@ def batch_indices(n_windows: int, seed: int, step: int, rows: int) -> np.ndarray
     return indices
 
 
-def load_data(config: Config) -> tuple[dict, Data, Data]:
-    """The data set's meta.json and the windows of its two splits. Prepares the default data set if it does not exist.
-    Sets what depends on the data: the number of steps, if epochs are given, and the vocabulary, if it is open."""
+def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
+    """The config with what follows from the data set (the number of steps, if epochs are given, and the vocabulary, if
+    it is open), the data set's meta.json, and the windows of its two splits. Prepares the default data set if it does
+    not exist."""
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
     for my_turn in (dist.get_rank() == 0, first_on_node):  # nodes without a shared disk prepare their own
         if my_turn and config.data == Config.data and not Path(Config.data, "meta.json").exists():
@@ -411,32 +435,30 @@ def load_data(config: Config) -> tuple[dict, Data, Data]:
     meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
     compared = json.dumps({**meta, "sources": None}, sort_keys=True)  # these may be at another place on each node
     check_same("data set", {"SHA-256 of meta.json": hashlib.sha256(compared.encode()).hexdigest()})
-    tokenizer, is_chat = prepare.tokenizer_from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
-    train_data, val_data = (windows_of(split, shards[split], config, tokenizer, is_chat) for split in prepare.SPLITS)
+    tokenizer, is_chat = Tokenizer.from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
+    train_data, val_data = (windows_of(split, shards, config, tokenizer, is_chat) for split in prepare.SPLITS)
+
+    steps, vocab_size = config.steps, config.vocab_size or meta["vocab_size"]
     if config.epochs:
-        config.steps = math.ceil(config.epochs * train_data.n_windows * config.seq_len / config.batch_tokens)
-        config.stop_at = config.steps if "stop_at" in config.derived else min(config.stop_at, config.steps)
-    n_used = meta["vocab_size"]
-    if not is_chat:  # text has no control token but end-of-text, so a model may lack the others
-        n_used = 1 + max(tokenizer.eot_token, *tokenizer._mergeable_ranks.values())
-    elif config.init:
-        config.vocab_size = max(config.vocab_size, n_used)  # first_weights adds rows for them
-    config.vocab_size = config.vocab_size or meta["vocab_size"]
-    if config.vocab_size < n_used:
-        sizes = f"the model's vocabulary of {config.vocab_size} is smaller than the data's {n_used}"
+        steps = math.ceil(config.epochs * train_data.n_windows * config.seq_len / config.batch_tokens)
+    n_used = meta["vocab_size"] if is_chat else tokenizer.n_text
+    if is_chat and config.init:
+        vocab_size = max(vocab_size, n_used)  # first_weights adds rows for the control tokens of conversations
+    if vocab_size < n_used:
+        sizes = f"the model's vocabulary of {vocab_size} is smaller than the data's {n_used}"
         fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
-    return meta, train_data, val_data
+    return config.changed(steps=steps, vocab_size=vocab_size), meta, train_data, val_data
 
 
-def windows_of(
-    split: str, shards: list[np.ndarray], config: Config, tokenizer: tiktoken.Encoding, is_chat: bool
-) -> Data:
+def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, is_chat: bool) -> Data:
     """The windows of a split, or the rows into which its conversations are packed. Ends the program if it has none."""
     if is_chat:
-        windows = Conversations(shards, config.seq_len, tokenizer)
+        if f"{split}-mask" not in shards:
+            fail(f"{config.data} is of an earlier version: prepare it again with python chat.py --prepare")
+        windows = Conversations(shards[split], shards[f"{split}-mask"], config.seq_len, tokenizer.end_of_text)
         problem = f"has no conversation with an answer that ends within {config.seq_len} tokens: raise --seq_len"
     else:
-        windows = Windows(shards, config.seq_len, tokenizer.eot_token if config.document_mask else None)
+        windows = Windows(shards[split], config.seq_len, tokenizer.end_of_text if config.document_mask else None)
         advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
         problem = f"is shorter than a window of {config.seq_len} tokens: {advice}"
     if windows.n_windows < 1:
@@ -448,7 +470,7 @@ def windows_of(
 # Model and optimizers
 
 
-def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]) -> GPT:
+def build_model(config: Config, machine: "Machine", weights: dict[str, Tensor]) -> GPT:
     """The model on its device. Only rank 0 has the weights: it sends each rank the part that it needs, so that with
     --shard no other rank ever holds the whole model."""
     with torch.device("meta"):
@@ -456,15 +478,22 @@ def build_model(config: Config, device: torch.device, weights: dict[str, Tensor]
     for block in model.blocks:
         if config.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if config.compile:  # one graph serves all dense blocks; FSDP2's work around each stays outside
+        if machine.compile:  # one graph serves all dense blocks; FSDP2's work around each stays outside
             block.forward = torch.compile(block.forward)
     if config.shard > 1:
-        shard_model(model, config, device)
-    model.to_empty(device=device)
+        shard_model(model, config, machine.device)
+    model.to_empty(device=machine.device)
     model.tie_head()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(from_rank_0_like(parameter, weights.get(name)))
+    return model
+
+
+def data_parallel(model: GPT, config: Config) -> nn.Module:
+    """The model, such that a backward pass averages gradients over the ranks: DDP wraps it; FSDP2's does so itself."""
+    if dist.get_world_size() > 1 and config.shard == 1:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
 
@@ -473,7 +502,8 @@ def shard_model(model: GPT, config: Config, device: torch.device) -> None:
     gathered while it is computed (FSDP2)."""
     ranks = torch.arange(dist.get_world_size()).view(-1, config.shard)
     timeout = timedelta(seconds=config.timeout)
-    # Columns of `ranks` hold the same shard, rows share one copy.
+    # Columns of `ranks` hold the same shard, rows share one copy. The groups are made here, since those that
+    # init_device_mesh makes have a timeout of 30 minutes, whatever --timeout says.
     columns, rows = (dist.new_subgroups_by_enumeration(r.tolist(), timeout)[0] for r in (ranks.T, ranks))
     mesh = DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
     param_dtype = getattr(torch, config.dtype)  # autocast's copies would keep whole weights until the backward pass
@@ -618,7 +648,7 @@ def lr_at(step: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Data, config: Config, device: torch.device, autocast) -> tuple[float, float]:
+def evaluate(model: GPT, data: Data, config: Config, machine: "Machine") -> tuple[float, float]:
     """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers, so that
     training continues as if there had been no evaluation."""
     n = min(data.n_windows, max(1, config.eval_tokens // config.seq_len))
@@ -630,12 +660,12 @@ def evaluate(model: GPT, data: Data, config: Config, device: torch.device, autoc
     model.eval()
     losses, counts = [], []
     for i in range(0, share, config.micro_batch):
-        inputs, targets, documents = on_device(data.get(indices[i : i + config.micro_batch]), device)
-        with autocast:
+        inputs, targets, documents = on_device(data.get(indices[i : i + config.micro_batch]), machine.device)
+        with machine.autocast:
             logits = model(inputs, documents=documents)
         each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
         losses.append(each.double().sum(1).cpu())
-        counts.append((targets != prepare.IGNORED).sum(1).cpu())
+        counts.append((targets != IGNORED).sum(1).cpu())
     model.train()
     losses, counts = torch.cat(losses)[counted], torch.cat(counts)[counted]
     total, n_targets = sum_over_ranks(losses.sum(), counts.sum())
@@ -660,27 +690,14 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-class HashedFile:
-    """Writes to a file, and computes the SHA-256 of what it writes, so that no one has to read it again."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha256, self.flush = file, hashlib.sha256(), file.flush
-
-    def write(self, data: memoryview) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-
 def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: float | None = None) -> None:
     """Write step-N.pt under a temporary name, rename it, then write step-N.json, which makes it valid, and best.json if
     it has the best validation loss so far. Old checkpoints are deleted last, so that at every instant the newest intact
     one is on disk."""
     path = run / f"step-{step:08d}.pt"
     with prepare.written_whole(path) as file:
-        hashed = HashedFile(file)
-        torch.save(state, hashed)
-    digest = hashed.sha256.hexdigest()
-    record = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+        torch.save(state, file)
+    record = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": prepare.sha256_of(path)}
     prepare.write_json(path.with_suffix(".json"), record)
     if best_loss is not None:
         prepare.write_json(run / "best.json", {**record, "val_loss": best_loss})
@@ -710,18 +727,20 @@ class Saver:
         self.config, self.meta, self.log, self.optimizers = config, meta, log, optimizers
         self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
         self.thread, self.writing = futures.ThreadPoolExecutor(1), None
+        self.best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
 
     def save(self, step: int, best_loss: float | None = None) -> None:
-        """Save the state after `step` steps; `best_loss` marks it as the best. Training waits only for the previous
-        save and for a copy of the state on rank 0."""
+        """Save the state after `step` steps; `best_loss` marks it as the best so far. Training waits only for the
+        previous save and for a copy of the state on rank 0."""
         start, config = time.monotonic(), self.config
+        self.best_loss = self.best_loss if best_loss is None else best_loss
         if problem := self.wait():
             self.log.line(f"{problem}; trying again")
         states = optimizer_states(self.weights, self.optimizers)
         moments = {f"{name}.{key}": tensor for name, kept in states.items() for key, tensor in kept.items()}
         weights, moments = gathered(self.weights), gathered(moments)
         if dist.get_rank() == 0:
-            state = {"step": step, "config": config.chosen(), "model": weights, "optimizer": moments}
+            state = {"step": step, "config": config.given, "model": weights, "optimizer": moments}
             state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
             self.writing = self.thread.submit(save_checkpoint, Path(config.out), step, state, config.keep, best_loss)
         self.log.record(step=step, save_stall=time.monotonic() - start)
@@ -744,9 +763,9 @@ class Log(Console):
     """Prints progress, and records it in metrics.jsonl and for TensorBoard if that is installed. Rank 0 writes; every
     rank takes part in the sums. Rows after `step`, of steps that were lost with a killed process, are dropped."""
 
-    def __init__(self, config: Config, model: GPT, step: int, peak: float | None, started: float):
+    def __init__(self, config: Config, machine: "Machine", model: GPT, step: int, started: float):
         super().__init__(sys.stdout)
-        self.config, self.model, self.peak, self.started = config, model, peak, started
+        self.config, self.machine, self.model, self.started = config, machine, model, started
         self.path, self.board = Path(config.out, "metrics.jsonl"), None
         self.first = self.last = (step, time.monotonic())  # at the start, and at the previous line
         if dist.get_rank() == 0:
@@ -780,7 +799,7 @@ class Log(Console):
         except OSError as error:  # such as a full disk, which may have room again for the next checkpoint
             print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
 
-    def header(self, train_data: Data, val_data: Data, machine: dict) -> None:
+    def header(self, train_data: Data, val_data: Data) -> None:
         config, tokens, flops = self.config, self.config.steps * self.config.batch_tokens, self.model.flops_per_token()
         n_cut, n_left_out = train_data.n_cut, train_data.n_left_out
         cut = f"; cut to seq_len: {n_cut:,}, left out: {n_left_out:,}" if n_cut or n_left_out else ""
@@ -790,7 +809,7 @@ class Log(Console):
             "data": f"{config.data}: {train_data.n_tokens:,} training tokens, {val_data.n_tokens:,} held out{cut}",
             "model": f"{self.model.n_params():,} parameters, {flops / 1e6:,.1f} MFLOP per token",
             "steps": f"{config.steps:,} of {config.batch_tokens:,} tokens: {epochs}",
-            **machine,
+            **self.machine.lines,
         }
         self.line("\n".join(f"{name:8} {text}" for name, text in lines.items()))
 
@@ -812,17 +831,25 @@ class Log(Console):
             loads = torch.stack([layer.load for layer in layers])
             row["expert_load"] = (torch.tensor(sum_over_ranks(*loads.flatten())).view_as(loads) / world).tolist()
         text = f"step {step:5,}/{self.config.steps:,}  loss {mean_loss:.4f}  {speed:9,.0f} tokens/s"
-        if self.config.compile and last_step == self.first[0]:
+        if self.machine.compile and last_step == self.first[0]:
             text += f"  (compiled in {now - last_time:.0f} s)"
-        if self.peak:
-            row["mfu"] = speed * self.model.flops_per_token() / (self.peak * world)
+        if peak := self.machine.peak_flops:
+            row["mfu"] = speed * self.model.flops_per_token() / (peak * world)
             text += f"  {row['mfu']:4.0%} of peak"
         self.line(f"{text}  {self.left} left")
         self.record(**row)
         self.last = (step, time.monotonic())
 
-    def evaluation(self, step: int, val_loss: float, val_error: float, meta: dict) -> None:
-        """Log an evaluation in nats per token, and in bits per byte of text where all tokens count."""
+    def bad_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> str:
+        """Say, and return, where a gradient comes from that is not finite."""
+        bad = [rank for rank, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
+        where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
+        problem = f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank applied it"
+        self.line(problem)
+        return problem
+
+    def evaluation(self, step: int, val_loss: float, val_error: float, meta: dict) -> float:
+        """Log an evaluation in nats per token, and in bits per byte where all tokens count. Returns val_loss."""
         self.result = f"val_loss {val_loss:.4f} +- {val_error:.4f}"
         row = {"step": step, "val_loss": val_loss, "val_loss_error": val_error}
         if not meta["tokenizer"].get("chat"):
@@ -833,8 +860,9 @@ class Log(Console):
         self.last = (step, time.monotonic())
         if step == 0:  # the time left counts from the first step
             self.first = self.last
+        return val_loss
 
-    def end(self, step: int, text: str | None, flag: str) -> None:
+    def end(self, step: int, text: str | None, is_chat: bool) -> None:
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
         if dist.get_rank() > 0:
             return
@@ -845,7 +873,8 @@ class Log(Console):
         else:
             self.line(f"\na sample:\n{text}\n\n{self.plot()}\n")
             self.line(f"{self.result} after {clock(time.monotonic() - self.started)}")
-            self.line(f"the run is in {self.config.out}; next: python sample.py {self.config.out} {flag}")
+            script = f"chat.py {self.config.out}" if is_chat else f"sample.py {self.config.out} --interactive"
+            self.line(f"the run is in {self.config.out}; next: python {script}")
 
     def plot(self, width: int = 64, height: int = 8) -> str:
         """The losses of the run in characters, "." of steps and "o" of evaluations. Losses of the first steps that
@@ -884,34 +913,36 @@ ACCELERATORS = {
 }
 
 
-def choose_machine(config: Config) -> tuple[torch.device, dict[str, str]]:
-    """The device, and lines for the log. Chooses dtype and compile too where the config leaves them open."""
-    device, device_reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    config.dtype, dtype_reason = from_rank_0(choose_dtype(config.dtype, device))
-    if config.compile is None:
-        config.compile = device.type == "cuda"
-    return device, {
+class Machine(NamedTuple):
+    """What a rank computes on, and how."""
+
+    device: torch.device
+    autocast: torch.autocast  # computes matrix products in the run's dtype; weights and sums stay in float32
+    compile: bool
+    peak_flops: float | None  # of a device in that dtype
+    lines: dict[str, str]  # for the log
+
+
+def choose_machine(config: Config) -> tuple[Config, Machine]:
+    """The config with the dtype chosen if it was open, and the machine."""
+    with exit_on(ValueError):
+        device, device_reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    dtype, dtype_reason = config.dtype, "as set"
+    if dtype == "auto":  # by a rule, not by a measurement, so that a command has the same result each time
+        dtype, dtype_reason = "float32", "no instructions for bfloat16 here"
+        if has_bfloat16(device):
+            dtype, dtype_reason = "bfloat16", "there are instructions for it"
+    dtype, dtype_reason = from_rank_0((dtype, dtype_reason))
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    on, off = "on (the first step may take a minute)", "off (--compile pays on CUDA, and in long runs elsewhere)"
+    lines = {
         "ranks": describe_ranks(device),
         "device": f"{device} ({device_reason})",
-        "dtype": f"{config.dtype} ({dtype_reason})",
-        "compile": "on (the first step may take a minute)"
-        if config.compile
-        else "off (--compile pays on CUDA, and in long runs elsewhere)",
+        "dtype": f"{dtype} ({dtype_reason})",
+        "compile": on if compiled else off,
     }
-
-
-def choose_dtype(name: str, device: torch.device) -> tuple[str, str]:
-    """The dtype of matrix products, and the reason."""
-    if name != "auto":
-        return name, "as set"
-    if not has_bfloat16(device):
-        return "float32", "no bfloat16 instructions here"
-    if device.type != "cpu":
-        return "bfloat16", "bfloat16 units found"
-    peak32, peak16 = peak_flops(device, "float32"), peak_flops(device, "bfloat16")
-    reason = f"products measured at {peak32 / 1e9:.0f} GFLOP/s in float32, {peak16 / 1e9:.0f} in bfloat16"
-    # Casts, norms and the optimizer take half of a step, so bfloat16 products must be much faster to pay off.
-    return "bfloat16" if peak16 > 1.5 * peak32 else "float32", reason
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    return config.changed(dtype=dtype), Machine(device, autocast, compiled, peak_flops(device, dtype), lines)
 
 
 @cache
@@ -1002,74 +1033,47 @@ def describe_ranks(device: torch.device) -> str:
     return text
 
 
-def describe_bad_step(step: int, loss: Tensor, grad_norm: Tensor) -> str:
-    bad = [rank for rank, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
-    where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
-    return f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank applied it"
-
-
 def watch_for_stop(parent: int) -> Callable[[], bool]:
     """Return a function that tells whether the run should stop early: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, or
-    when torchrun, the process `parent`, dies. It gives the same answer on every rank."""
+    when torchrun, the process `parent`, has died. It gives the same answer on every rank."""
     received, under_torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows lacks the third
         signal.signal(getattr(signal, name), lambda number, frame: received.append(number))
     return lambda: any_rank(bool(received) or (under_torchrun and os.getppid() != parent))
 
 
-REFUSED = "refused"  # the answer of a rank that has ended with a message, or knows of one that has
-
-
-def roll_call(store: dist.Store, answer: str, seconds: float, enough: Callable[[list[str]], bool]) -> list[str]:
-    """Answer, and return the answers of the ranks after `seconds`, or once they are `enough`."""
-    store.append("answers", f"{answer} ")
-    end = time.monotonic() + seconds
-    while not enough(answers := store.get("answers").decode().split()) and time.monotonic() < end:
-        time.sleep(0.1)
-    return answers
-
-
-def silent_ranks(store: dist.Store, rank: int, world: int) -> list[int]:
-    """The ranks that do not answer, after an operation between ranks has failed and the connections are closed. Ends
-    the program if that was because a rank has ended with a message."""
+def roll_call(store: dist.Store, refused: bool) -> list[int] | None:
+    """After this rank has ended with a message (`refused`), or an operation between ranks has failed: the ranks that do
+    not answer within five seconds, or None if one of them has ended with a message, so that the others need none."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        answers = roll_call(store, str(rank), 3, lambda answers: REFUSED in answers)
-        if REFUSED in answers:
-            tell_refusal(store, rank, world)
-            sys.exit(2)
-        time.sleep(2)  # rank 0 may host the store that the others ask
-    except dist.DistError:
-        return [0]
-    return [other for other in range(world) if str(other) not in answers]
-
-
-def tell_refusal(store: dist.Store, rank: int, world: int) -> None:
-    """Let the other ranks end without a message. Rank 0 stays until they know, since it may host the store."""
-    roll_call(store, REFUSED, 4 if rank == 0 else 0, lambda answers: answers.count(REFUSED) >= world)
+        store.append("refused", "yes" if refused else "")
+        store.append("here", f"{rank} ")
+        end = time.monotonic() + 5
+        while True:
+            known, here = store.get("refused"), store.get("here").split()
+            if len(here) == world or time.monotonic() > end or (known and rank > 0):  # rank 0 may host the store
+                return None if known else [other for other in range(world) if str(other).encode() not in here]
+            time.sleep(0.1)
+    except dist.DistError:  # the store is gone
+        return None if refused else [0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(description: str) -> argparse.ArgumentParser:
     """A flag for each field of Config, with the field's type and the comment after it as help text."""
     parser = argparse.ArgumentParser(
-        usage="train.py [--preset NAME] [--SETTING VALUE ...] [--resume]",
-        description=__doc__,
+        usage="%(prog)s [--preset NAME] [--SETTING VALUE ...]",
+        description=description,
         epilog=f"presets: {', '.join(PRESETS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # flags that are not given do not appear in the result
         allow_abbrev=False,
     )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest")
     parser.add_argument("--config", type=read_settings, metavar="FILE.json", help="read settings from a config.json")
-    plan = parser.add_argument_group("planning")
-    plan.add_argument("--plan", action="store_true", help="estimate time and memory, train nothing (plan.py)")
-    plan.add_argument("--gpus", type=int, metavar="INT", help="with --plan: on a cluster with this number of GPUs")
-    plan.add_argument("--gpu", choices=ACCELERATORS, type=str.upper, help="with --gpus: their kind (H100)")
-    plan.add_argument("--mfu", type=float, metavar="FLOAT", help="with --gpus: share of their peak to assume (0.4)")
-    plan.add_argument("--tokens", type=float, metavar="FLOAT", help="with --plan: tokens to train on (not --steps)")
     hints = typing.get_type_hints(Config)
     for title, cls in (("training", Config), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
@@ -1110,11 +1114,20 @@ def build_config(given: dict) -> Config:
         fail(str(error))
 
 
+def parse(parser: argparse.ArgumentParser) -> dict:
+    """The settings on the command line, over those of a file given by --config."""
+    given = vars(parser.parse_args())
+    if "steps" in given and "epochs" in given:
+        fail("give --steps or --epochs, not both")
+    if "steps" in given:
+        given["epochs"] = None
+    return {**given.pop("config", {}), **given}
+
+
 def launch(work: Callable, given: dict, *more) -> None:
     """Join the process group and call work(given, *more) in it. Ends every rank with a fitting message and status."""
     store = start_processes(build_config({"timeout": given.get("timeout", Config.timeout)}).timeout)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    status, trace = 0, None
+    world, status, trace = dist.get_world_size(), 0, None
     try:
         work(given, *more)
         dist.barrier()  # no rank hangs up while another has something to say
@@ -1130,12 +1143,13 @@ def launch(work: Callable, given: dict, *more) -> None:
         sys.exit(status)
     # Outside of the except blocks, since the exception keeps the model alive, and with it the connections.
     dist.destroy_process_group()
-    if status and world > 1:
-        with contextlib.suppress(dist.DistError):  # the store is gone
-            tell_refusal(store, rank, world)
-    if trace:
-        silent = ", ".join(map(str, silent_ranks(store, rank, world)))
-        status = f"train.py: error: rank {silent} of {world} does not answer ({reason})" if silent else trace
+    if world > 1 and (status or trace):
+        silent = roll_call(store, refused=not trace)
+        if trace and silent is None:
+            status = 2
+        elif trace:
+            names = ", ".join(map(str, silent))
+            status = f"train.py: error: rank {names} of {world} does not answer ({reason})" if silent else trace
     if status:
         sys.exit(status)
 
@@ -1143,20 +1157,11 @@ def launch(work: Callable, given: dict, *more) -> None:
 def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: fewer page faults on Linux
     prepare.tolerate_streams()
-    given = vars(make_parser().parse_args())
-    is_plan = given.pop("plan", False)
-    if not is_plan and (only_plans := given.keys() & {"gpus", "gpu", "mfu", "tokens"}):
-        fail(f"--{min(only_plans)} is for plans: add --plan")
-    if "steps" in given and "epochs" in given:
-        fail("give --steps or --epochs, not both")
-    if "steps" in given:
-        given["epochs"] = None
-    resume, settings = given.pop("resume", False), given.pop("config", {})
-    given = {**settings, **given}
-    if is_plan:
-        import plan
-
-        return plan.main(given, resume)
+    moved("--plan", "plan.py")
+    parser = make_parser(__doc__)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest")
+    given = parse(parser)
+    resume = given.pop("resume", False)
     launch(train, given, resume)
 
 

@@ -23,8 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -33,8 +31,6 @@ from threading import Thread
 from unittest import mock
 
 import numpy as np
-import regex
-import tiktoken
 import torch
 from nodes import flaky_nodes, linked_nodes
 
@@ -45,9 +41,9 @@ import plan as plan_file
 import prepare
 import train
 from model import GPT, PRESETS, GPTConfig, generate, read_checkpoint, to_int8
+from tokenizer import named_tokenizer
 
 QUIET = shlex.split("--eval_every 1000000 --eval_tokens 128 --save_every 1000000 --log_every 10")
-DENSE = shlex.split("--n_expert 1 --n_expert_active 1 --n_inner 384")  # grok-toy with one expert, of the active size
 THREE_MINUTES = "--preset shakespeare --batch_tokens 4096 --steps 490 --weight_decay 0.1 --decay 0.8 --compile"
 SEEDS = (1, 2, 3)
 NO_OUTPUT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -88,11 +84,11 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
 
 
-def ours(*arguments, processes: int = 1, threads: int | None = None) -> tuple[list[dict], list, float, float]:
+def ours(*arguments, processes=1, threads=None, script="train.py") -> tuple[list[dict], list, float, float]:
     """Train in a folder of its own. Returns the rows of its metrics, and what watch() returns."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *launcher, ROOT / "train.py", "--out", f"{folder}/run", *arguments]
+        command = [sys.executable, *launcher, ROOT / script, "--out", f"{folder}/run", *arguments]
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"  # with --compile, each run compiles anew
         lines, seconds, peak = watch(command, ROOT, threads)
         return metrics(Path(folder, "run")), lines, seconds, peak
@@ -101,12 +97,6 @@ def ours(*arguments, processes: int = 1, threads: int | None = None) -> tuple[li
 def speed(rows: list[dict]) -> float:
     """Median tokens per second, without the first rows."""
     return statistics.median([row["tokens_per_second"] for row in rows if "loss" in row][2:])
-
-
-def beside(one: Callable[[], list[dict]], other: Callable[[], list[dict]]) -> tuple[str, str, str]:
-    """A row: the speed of one run as a share of the other's, which follow each other three times."""
-    ratios = [speed(one()) / speed(other()) for _ in range(3)]
-    return "", f"{statistics.median(ratios):.2f} of the tokens/s", f"3 pairs: {', '.join(f'{r:.2f}' for r in ratios)}"
 
 
 class NanoGPT:
@@ -244,12 +234,12 @@ def sampling(nano) -> tuple[str, str, str]:
 def preparing(nano) -> tuple[str, str, str]:
     """Preparing 450 MB for GPT-2's tokenizer, whole process"""
     text = "".join(path.read_text(encoding="utf-8") for path in prepare.default_corpus())
-    tokenizer, cores, alone = tiktoken.get_encoding("gpt2"), os.cpu_count(), {}
+    tokenizer, cores, alone = named_tokenizer("gpt2"), os.cpu_count(), {}
     pieces = [text[i : i + 2**20] for i in range(0, len(text), 2**20)] * 3
     for n in (1, cores):
         start = time.perf_counter()
         with ThreadPoolExecutor(n) as pool:
-            for _ in pool.map(partial(prepare.encode, tokenizer), pieces):
+            for _ in pool.map(tokenizer.encode, pieces):
                 pass
         alone[n] = 3 * len(text.encode()) / (time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as folder:
@@ -266,34 +256,6 @@ def preparing(nano) -> tuple[str, str, str]:
     return theirs, told, "{:.2f} x cores x one core's, {:.2f} x all cores'".format(*shares)
 
 
-def bpe(nano) -> tuple[str, str, str]:
-    """Learning bpe:4096 from the default corpus, one thread"""
-    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()]
-    start = time.perf_counter()
-    prepare.train_bpe(Counter(chunk for text in texts for chunk in regex.findall(prepare.GPT4_PATTERN, text)), 4096)
-    seconds, others = time.perf_counter() - start, []
-    try:
-        import rustbpe
-
-        start = time.perf_counter()
-        rustbpe.Tokenizer().train_from_iterator(iter(texts), 4096, pattern=prepare.GPT4_PATTERN)
-        others.append(f"rustbpe {time.perf_counter() - start:.1f} s")
-    except ImportError:
-        others.append("rustbpe is not installed")
-    try:
-        import tokenizers
-
-        published = tokenizers.Tokenizer(tokenizers.models.BPE())
-        published.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=4096, show_progress=False)
-        start = time.perf_counter()
-        published.train_from_iterator(iter(texts), trainer)
-        others.append(f"tokenizers {time.perf_counter() - start:.1f} s")
-    except ImportError:
-        others.append("tokenizers is not installed")
-    return ", ".join(others), f"{seconds:.1f} s", "target: 20 s"
-
-
 def start(nano) -> tuple[str, str, str]:
     """From the command to the first step made"""
     parts = {"import torch": [], "import train": [], "the run begins": [], "step 1 made": []}
@@ -308,20 +270,14 @@ def start(nano) -> tuple[str, str, str]:
 
 
 def plan(nano) -> tuple[str, str, str]:
-    """What --plan says of the main job beside what it then takes"""
-    _, lines, *_ = ours("--plan")
+    """What plan.py says of the main job beside what it then takes"""
+    _, lines, *_ = ours(script="plan.py")
     said = "".join(line for _, line in lines)
     minutes, seconds = re.search(r"time +(\d+):(\d+)", said).groups()
     planned, memory = 60 * int(minutes) + int(seconds), float(re.search(r"memory +([\d.]+)", said)[1])
     _, _, taken, peak = ours()
     told = f"planned {planned} s and {memory:.2f} GB, took {taken:.0f} s and {peak / 1e9:.2f} GB"
     return "", told, f"{planned / taken:.2f} of the time, {memory / peak * 1e9:.2f} of the memory"
-
-
-def processes(nano) -> tuple[str, str, str]:
-    """Two processes of one thread beside one of two, same global batch"""
-    flags = ["--steps", 60, *QUIET]
-    return beside(lambda: ours(*flags, processes=2, threads=1)[0], lambda: ours(*flags, threads=2)[0])
 
 
 def network(nano) -> tuple[str, str, str]:
@@ -351,21 +307,6 @@ def network(nano) -> tuple[str, str, str]:
     return "", "; ".join(told), f"{', '.join(ratios)} of the time; {compute:.2f} without the link"
 
 
-def experts(nano) -> tuple[str, str, str]:
-    """Eight experts, two active, beside a dense model of the same active size"""
-    flags = ["--preset", "grok-toy", "--steps", 60, *QUIET]
-    return beside(lambda: ours(*flags)[0], lambda: ours(*flags, *DENSE)[0])
-
-
-def saves(nano) -> tuple[str, str, str]:
-    """The share of time in which the loop waits when it saves often"""
-    rows, *_ = ours("--steps", 200, *QUIET, "--save_every", 40)
-    stalls = [row["save_stall"] for row in rows if "save_stall" in row]
-    seconds = max(row["seconds"] for row in rows if "seconds" in row)
-    told = f"{sum(stalls) / seconds:.2%}, {1000 * statistics.mean(stalls):.0f} ms each"
-    return "", told, f"saving every {seconds / len(stalls):.0f} s; target: 1%"
-
-
 def checkpoint(nano) -> tuple[str, str, str]:
     """Saving and reading a checkpoint of 4.3 GB"""
     state = dict.fromkeys(("config", "optimizer", "tokenizer", "data"), {}) | {"step": 1}
@@ -384,8 +325,7 @@ def checkpoint(nano) -> tuple[str, str, str]:
 
 # fmt: off
 ROWS = {row.__name__: row for row in (
-    limits, start, quick, throughput, sampling, preparing, bpe, processes, network, experts, saves, checkpoint, plan,
-    minutes, shakespeare,
+    limits, start, quick, throughput, sampling, preparing, network, checkpoint, plan, minutes, shakespeare,
 )}
 # fmt: on
 

@@ -246,7 +246,8 @@ def refused(read: Callable) -> bool:
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
-            read()
+            with prepare.exit_on(ValueError):  # as the scripts do
+                read()
     except SystemExit as end:
         return end.code == 2 and told.getvalue().splitlines()[-1].count(": error: ") == 1
     return False

@@ -75,7 +75,7 @@ def test_the_law_is_the_published_fit_and_least_at_the_tokens_that_are_called_op
 def plan_of(call, capsys, *arguments) -> str:
     if arguments not in PRINTED:  # large models take a second
         capsys.readouterr()
-        call(train, "--plan", *arguments)
+        call(plan, *arguments)
         PRINTED[arguments] = capsys.readouterr().out
     return PRINTED[arguments]
 
@@ -187,7 +187,7 @@ def test_what_speaks_against_a_run_is_said_from_a_threshold_on(call, capsys, fla
 
 # fmt: off
 @pytest.mark.parametrize("flags, told", [
-    ("--gpus 0", "--gpus 0"), ("--resume", "leave out --resume"), ("--gpus 8 --mfu 0", "--mfu 0.0"),
+    ("--gpus 0", "--gpus 0"), ("--resume", "unrecognized arguments: --resume"), ("--gpus 8 --mfu 0", "--mfu 0.0"),
     ("--gpus 3 --shard 2", "--gpus 3 is not a multiple of --shard 2"), ("--gpus 8 --mfu 1.5", "--mfu 1.5"),
     ("--gpus 8 --tokens nan", "--tokens nan"), ("--gpus 8 --tokens inf", "--tokens inf"), ("--tokens 0", "--tokens 0"),
     ("--gpus 8 --epochs 1", "data/gpt2, which is missing: give --steps or --tokens"),
@@ -195,7 +195,7 @@ def test_what_speaks_against_a_run_is_said_from_a_threshold_on(call, capsys, fla
 ])
 # fmt: on
 def test_a_plan_for_nothing_is_refused(refused, flags, told):
-    assert told in refused(train, "--plan", "--preset", "gpt2", *flags.split())
+    assert told in refused(plan, "--preset", "gpt2", *flags.split())
 
 
 def test_epochs_are_counted_in_the_data_set_which_runs_out_after_four(call, capsys, data):
@@ -237,7 +237,7 @@ def test_a_plan_for_this_machine_adds_steps_evaluations_and_memory_up(call, caps
     def trial(given, resume):
         metrics = [{"loss": 3.0, "tokens_per_second": speed} for speed in (1, 40, 10, 20)]
         Path(given["out"], "metrics.jsonl").write_text("\n".join(map(json.dumps, [*metrics, {"val_loss": 3.0}])))
-        Path(given["out"], "config.json").write_text(json.dumps(train.build_config(given).chosen()))
+        Path(given["out"], "config.json").write_text(json.dumps(train.build_config(given).given))
 
     monkeypatch.setattr(train, "train", trial)
     n_val = json.loads((Path(data) / "meta.json").read_text())["val"]["tokens"]

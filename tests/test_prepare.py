@@ -1,4 +1,4 @@
-"""prepare.py: tokenizers, documents and shards."""
+"""prepare.py: documents, shards and windows."""
 
 import gzip
 import io
@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from unittest.mock import Mock
@@ -20,80 +19,22 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import regex
-import tiktoken
 import tiktoken_ext.openai_public
 from conftest import ROOT, Ranks, shell, words
 
+import chat
 import prepare
+from tokenizer import BYTES, END_OF_TEXT, GPT4_PATTERN, Part, Tokenizer, train_bpe
 
 BYTES_AND_TAIL = ["--tokenizer", "byte", "--val_tail", "--val_fraction", 0.2]
-TRAINED = prepare.make_tokenizer(
-    "bpe:400", prepare.GPT4_PATTERN, prepare.train_bpe(Counter(regex.findall(prepare.GPT4_PATTERN, words(3000))), 399)
-)
 
 
 def decoded(folder: Path, split: str) -> list[str]:
     """The documents of a split, read back through meta.json."""
     meta, shards = prepare.load_dataset(folder)
     ids = np.concatenate([np.empty(0, np.uint16), *shards[split]])
-    text = prepare.tokenizer_from_dict(meta["tokenizer"]).decode(ids.tolist())
-    return text.split(prepare.END_OF_TEXT)[:-1]
-
-
-# ---- tokenizers
-
-
-@pytest.mark.parametrize("tokenizer", [prepare.byte_tokenizer(), TRAINED], ids=lambda t: t.name)
-def test_any_text_survives_encoding_and_decoding(tokenizer):
-    """So does the tokenizer as JSON. No text can spell the control token. Byte tokens are the bytes."""
-    again = prepare.tokenizer_from_dict(json.loads(json.dumps(prepare.tokenizer_to_dict(tokenizer))))
-    assert (again.n_vocab, again.eot_token) == (tokenizer.n_vocab, tokenizer.eot_token)
-    alphabet, rng = [*"abZé中🙂\0\n \t7'_-…\u200d", "\r\n", "  ", "'s", prepare.END_OF_TEXT], random.Random(0)
-    for _ in range(500):
-        text = "".join(rng.choices(alphabet, k=rng.randrange(200))) + chr(rng.randrange(0xE000, 0x10FFFF))
-        ids = prepare.encode(tokenizer, text).tolist()
-        assert tokenizer.decode_bytes(ids) == text.encode() and again.encode_ordinary(text) == ids
-        assert tokenizer.eot_token not in ids and (tokenizer is TRAINED or bytes(ids) == text.encode())
-
-
-def naive_bpe(counts: dict[str, int], vocab_size: int) -> list[bytes]:
-    """The definition: count all pairs anew, merge the most frequent, the one of smaller ids among equals."""
-    words, tokens = {tuple(w.encode()): n for w, n in counts.items()}, [bytes([b]) for b in range(256)]
-    while len(tokens) < vocab_size:
-        pairs = Counter()
-        for word, n in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += n
-        pair, n = min(pairs.items(), key=lambda item: (-item[1], item[0]), default=(None, 0))
-        if n < 2:
-            break
-        words = {tuple(prepare.merge(list(w), pair, len(tokens))): n for w, n in words.items()}
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-    return tokens
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_bpe_learns_the_merges_of_a_naive_reference(seed):
-    counts = Counter(regex.findall(prepare.GPT4_PATTERN, words(300, seed) + "aaaa aaa abababab" * seed))
-    assert list(prepare.train_bpe(counts, 450)) == naive_bpe(counts, 450)
-
-
-def test_bpe_learns_the_textbook_example():
-    """Gage's of 1994. In aaabdaaabac the pair a a is seen four times: aa is token 256. Then a b and aa a are seen twice
-    each, and the one with smaller ids comes first: ab is 257. Then aa ab is seen twice: 258. No other pair is."""
-    ranks = prepare.train_bpe(Counter({"aaabdaaabac": 1}), 300)
-    assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
-    tokenizer = prepare.make_tokenizer("textbook", prepare.GPT4_PATTERN, ranks)
-    assert prepare.encode(tokenizer, "aaabdaaabac").tolist() == [258, ord("d"), 258, ord("a"), ord("c")]
-
-
-def test_bpe_learns_the_merges_of_a_published_trainer():
-    rustbpe = pytest.importorskip("rustbpe", reason="pip install rustbpe to compare with a published trainer")
-    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:150]]
-    published = rustbpe.Tokenizer()
-    published.train_from_iterator(iter(texts), 1500, pattern=prepare.GPT4_PATTERN)
-    counts = Counter(chunk for text in texts for chunk in regex.findall(prepare.GPT4_PATTERN, text))
-    assert list(prepare.train_bpe(counts, 1500)) == [bytes(token) for token, _ in published.get_mergeable_ranks()]
+    text = Tokenizer.from_dict(meta["tokenizer"]).decode(ids.tolist())
+    return text.split(END_OF_TEXT)[:-1]
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2", "cl100k_base", "o200k_base"])
@@ -102,29 +43,21 @@ def test_text_cut_into_pieces_gives_the_same_tokens(name, monkeypatch):
     token and a cut inside a chunk shows. (The published merges would need a network.)"""
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *a, **k: {})
     monkeypatch.setattr(tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {})
-    pattern = prepare.GPT4_PATTERN if name == "ours" else getattr(tiktoken_ext.openai_public, name)()["pat_str"]
+    pattern = GPT4_PATTERN if name == "ours" else getattr(tiktoken_ext.openai_public, name)()["pat_str"]
     rng = random.Random(0)
     parts = ["the", "model", "it's", "42", "naïve", "__init__", "(x)", "/usr"]
     separators = [" ", "\n", "  ", "\n\n", "_ ", "-\n", "\n/", " '", "é\n", "7 ", "中 "]
     texts = ["".join(rng.choice(parts) + rng.choice(separators) for _ in range(400)) for _ in range(200)]
-    ranks = prepare.train_bpe(Counter(chunk for text in texts for chunk in regex.findall(pattern, text)), 1000)
-    tokenizer = prepare.make_tokenizer("cut", pattern, ranks)
+    ranks = train_bpe(Counter(chunk for text in texts for chunk in regex.findall(pattern, text)), 1000)
+    tokenizer = Tokenizer.of("cut", pattern, ranks)
     monkeypatch.setattr(prepare, "PIECE_BYTES", 500)
     n_cuts = 0
     for text in texts:
         pieces = list(prepare.read_pieces(io.BytesIO(text.encode()), len(text.encode())))
         n_cuts += len(pieces) - 1
         assert "".join(pieces) == text
-        assert [i for piece in pieces for i in tokenizer.encode_ordinary(piece)] == tokenizer.encode_ordinary(text)
+        assert [i for piece in pieces for i in tokenizer.encode(piece).tolist()] == tokenizer.encode(text).tolist()
     assert n_cuts > 500
-
-
-@pytest.mark.parametrize("name", ["gpt5000", "bpe:", "bpe:x", "bpe:259", "bpe:-1", "gpt2"])
-def test_a_tokenizer_that_does_not_exist_or_cannot_be_fetched_is_refused(refused, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no network")))
-    (tmp_path / "a.txt").write_text("text")
-    told = refused(prepare, "a.txt", "--tokenizer", name)
-    assert ("could not download" in told) == (name == "gpt2") and repr(name) in told and "bpe:N" in told
 
 
 # ---- documents
@@ -183,7 +116,7 @@ def test_held_out_text_does_not_reach_the_tokenizer(call, tmp_path):
     (tmp_path / "t.txt").write_text(words(2000) + " xyzzy" * 200)
     call(prepare, ".", "--tokenizer", "bpe:500", "--val_tail", "--val_fraction", 0.1)
     meta, _ = prepare.load_dataset(Path("data", tmp_path.name))  # the name of the current folder
-    assert not any(b"xyz" in token for token in prepare.tokenizer_from_dict(meta["tokenizer"]).token_byte_values())
+    assert not any(b"xyz" in token for token in Tokenizer.from_dict(meta["tokenizer"]).ranks)
 
 
 def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path):
@@ -198,7 +131,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
     (tmp_path / "in" / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
     call(prepare, "in", "--tokenizer", "byte", "--val_fraction", 0.2)
     printed = capsys.readouterr().err
-    wrong = ["records that are not valid JSON (2)", "without text in --field 'text'; one has the keys body (4)"]
+    wrong = ["without text in --field 'text'; one has the keys body (4)", "text that is no Unicode", "not valid JSON"]
     for told in (*wrong, "latin.txt: not UTF-8", "cut.txt: not UTF-8", "empty.txt: empty", "torn.jsonl.gz"):
         assert told in printed
     documents = decoded(Path("data/in"), "train") + decoded(Path("data/in"), "val")
@@ -250,7 +183,7 @@ def test_a_second_preparation_writes_the_same_bytes_and_the_report_counts_them(r
         assert tuple(meta[split][key] for key in ("documents", "bytes", "tokens")) == sizes
         line = "{} {:,} documents {:,} bytes {:,} tokens, {:.2f} bytes per token"
         assert line.format(split, *sizes, sizes[1] / sizes[2]) in printed
-    first = [prepare.tokenizer_from_dict(meta["tokenizer"]).decode([token]) for token in tokens[:30].tolist()]
+    first = [Tokenizer.from_dict(meta["tokenizer"]).decode([token]) for token in tokens[:30].tolist()]
     assert f"held-out text begins, with | between tokens: {'|'.join(first)!r}" in printed
     assert printed.endswith("out/1 is ready: vocabulary of 300 (bpe:300)")
 
@@ -280,9 +213,10 @@ def test_windows_run_through_shards_as_if_they_were_one_to_the_last_target():
 
 @pytest.mark.parametrize("size, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path, size, dtype):
-    ranks = prepare.BYTES | {i.to_bytes(3, "big"): i for i in range(256, size - 1)}
-    tokenizer = prepare.make_tokenizer("w", prepare.GPT4_PATTERN, ranks, {prepare.END_OF_TEXT: size - 1})
-    splits = prepare.write_shards(tmp_path, tokenizer, [("train", "a"), ("train", None)], 3)
+    ranks = BYTES | {i.to_bytes(3, "big"): i for i in range(256, size - 1)}
+    tokenizer = Tokenizer.of("w", GPT4_PATTERN, ranks, {END_OF_TEXT: size - 1})
+    items = prepare.encoded(tokenizer, [("train", [Part("a")]), ("train", None)])
+    splits = prepare.write_shards(tmp_path, size, items, masked=False)
     tokens = np.load(tmp_path / splits["train"]["shards"][0]["file"])
     assert tokens.dtype == dtype and tokens.tolist() == [ord("a"), size - 1]
 
@@ -359,7 +293,7 @@ def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(
         (tmp_path / "lib" / name).write_text(text)
     monkeypatch.setattr(prepare.sysconfig, "get_path", {"stdlib": str(tmp_path / "lib")}.get)
     call(prepare)
-    call(prepare, "--chat", "--tokenizer", "byte")
+    call(chat, "--prepare", "--tokenizer", "byte")
     assert prepare.load_dataset("data/stdlib")[0]["vocab_size"] == 4096
     assert decoded(Path("data/stdlib"), "val") == ["text 2921"]
     assert decoded(Path("data/stdlib"), "train") == ["text 4152", functions]
@@ -445,17 +379,6 @@ def test_a_pipe_is_read_as_a_file_is(tmp_path):
     folder = tmp_path / "data" / "pipe"
     texts = [a + b for a, b in zip(decoded(folder, "train"), decoded(folder, "val"))]
     assert texts == ["first", "piped", "second"]
-
-
-def test_long_chunks_are_cut_before_a_tokenizer_learns_from_them(monkeypatch):
-    """Otherwise a genome in one line takes time that grows with the square of its length. (And of a large input it
-    learns from a sample, here from every second piece.)"""
-    seen, texts = Counter(), ["ACGT" * 10_000, " not this", " the end", " nor this"]
-    monkeypatch.setattr(prepare, "BPE_SAMPLE_BYTES", 20_000)
-    monkeypatch.setattr(prepare, "train_bpe", lambda counts, size: seen.update(counts) or dict(prepare.BYTES))
-    prepare.train_tokenizer(300, [("train", text) for text in texts], 40_000)
-    assert max(map(len, seen)) <= prepare.MAX_CHUNK and seen["ACGT" * (prepare.MAX_CHUNK // 4)] > 100
-    assert sum(len(chunk) * count for chunk, count in seen.items()) == 40_008
 
 
 def test_files_are_on_disk_before_anything_gets_a_name(call, data, monkeypatch, tmp_path):

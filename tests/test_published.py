@@ -6,13 +6,11 @@ random weights; `python tests/test_published.py` writes those files anew.
 
 import json
 import shutil
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 import torch
 from conftest import TINY, rows
 
@@ -23,6 +21,7 @@ import sample
 import train
 from model import GPTConfig, generate, load_checkpoint, model_with
 from published import load_model, load_published, save_published
+from tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).with_name("golden")
 LLAMA = dict(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
@@ -212,12 +211,13 @@ def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, tokeniz
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     state, _ = load_checkpoint("run")
-    encoding = prepare.tokenizer_from_dict(state["tokenizer"])
+    encoding = Tokenizer.from_dict(state["tokenizer"])
     for text in ("the model learns,", "naïve  café\n\n 你好🙂 it's 12345 \t\r\n x\n", " \n  "):
-        assert ours(text)["input_ids"] == prepare.encode(encoding, text).tolist()
+        assert ours(text)["input_ids"] == encoding.encode(text).tolist()
         assert ours.decode(ours(text)["input_ids"]) == text
-    assert ours.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id == encoding.eot_token
-    tokens = torch.tensor([prepare.encode(encoding, "the small model").tolist()])
+    ends = {ours.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id}
+    assert ends == {encoding.end_of_text}
+    tokens = torch.tensor([encoding.encode("the small model").tolist()])
     with torch.no_grad():
         expected = load_model("run")[0](tokens)
         assert (model(tokens).logits - expected).abs().max() < 1e-4
@@ -247,97 +247,6 @@ def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, refused, ru
     assert rows(tmp_path / "on", "val_loss")[1] == pytest.approx(rows(run, "val_loss")[20], abs=1e-6)
 
 
-def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
-    """Written by us, read by Hugging Face's tokenizers and by us, against tiktoken."""
-    try:
-        encoding = prepare.named_tokenizer("gpt2")
-    except SystemExit:
-        pytest.skip("tiktoken has not fetched it here")
-    assert [*prepare.encode(encoding, "Hello world"), encoding.eot_token] == [15496, 995, 50256]  # as OpenAI published
-    tokenizers = pytest.importorskip("tokenizers")
-    published.save_published_tokenizer(tmp_path, encoding)
-    text = Path(models.__file__).read_text() + " naïve 你好🙂🙂  12345678 \n\n\t x' I'LL don't\n "
-    ids = prepare.encode(encoding, text).tolist()
-    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == ids
-    read = published.load_published_tokenizer(tmp_path)
-    assert prepare.encode(read, text).tolist() == ids
-    assert read.eot_token == encoding.eot_token
-
-
-@pytest.mark.parametrize("digits", [False, True])
-def test_tokenizers_of_hugging_face_are_read(refused, tmp_path, digits):
-    """As for GPT-2: ByteLevel itself knows how to cut text. As SmolLM2's: each digit on its own, and no token for some
-    control characters."""
-    tokenizers = pytest.importorskip("tokenizers")
-    steps = tokenizers.pre_tokenizers
-    theirs, byte_level = tokenizers.Tokenizer(tokenizers.models.BPE()), steps.ByteLevel(add_prefix_space=False)
-    theirs.pre_tokenizer = steps.Sequence([steps.Digits(True), byte_level]) if digits else byte_level
-    text = Path(models.__file__).read_text() + " naïve 你好🙂🙂 don't  12345 \n\n\t x'7 8  9"
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, special_tokens=["<|endoftext|>"], show_progress=False)
-    theirs.train_from_iterator([text], trainer)
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    ours = published.load_published_tokenizer(tmp_path)
-    for start in ("", "a\x04b \x1d", "\x04"):
-        assert prepare.encode(ours, start + text).tolist() == theirs.encode(start + text).ids
-    plain = (tmp_path / "tokenizer.json").read_text()
-    for name in ("individual_digits", "use_regex") if digits else ():
-        (tmp_path / "tokenizer.json").write_text(plain.replace(f'"{name}": true', f'"{name}": false'))
-        assert f'"{name}": false' in refused(prepare, "--tokenizer", tmp_path)
-
-
-def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
-    """Regular expressions there mean something else by {1,3}+ and $."""
-    tokenizers = pytest.importorskip("tokenizers")
-    text = "12345678 " * 99 + "end \n\n\n  \n" * 99
-    counts = Counter(regex.findall(prepare.GPT4_PATTERN, text) + ["12345678", " \n\n\n  \n"] * 99)
-    ours = prepare.make_tokenizer("digits", prepare.GPT4_PATTERN, prepare.train_bpe(counts, 300))
-    published.save_published_tokenizer(tmp_path, ours)
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.encode(text).ids == prepare.encode(ours, text).tolist()
-
-
-def textbook(folder: Path, old: str, new: str) -> None:
-    """Write the tokenizer of test_bpe_learns_the_textbook_example, with a change in tokenizer.json."""
-    ranks = prepare.train_bpe(Counter({"aaabdaaabac": 1}), 300)
-    published.save_published_tokenizer(folder, prepare.make_tokenizer("textbook", prepare.GPT4_PATTERN, ranks))
-    plain = json.dumps(json.loads((folder / "tokenizer.json").read_text()))
-    assert old in plain
-    (folder / "tokenizer.json").write_text(plain.replace(old, new))
-
-
-OF_MODELS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-SWITCHES = ("lstrip", "rstrip", "single_word", "invert", "use_regex", "add_prefix_space")
-NORMALIZER, MERGES = '"normalizer": {"type": "%s"}, "version"', '["a", "a"], ["a", "b"]'
-
-
-def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path):
-    ways = [('"version"', NORMALIZER % "NFC"), (MERGES, '"a a", "a b"'), ("<|endoftext|>", "<|end_of_text|>")]
-    for old, new in ways:
-        textbook(tmp_path, old, new)
-        read = published.load_published_tokenizer(tmp_path)
-        assert [*prepare.encode(read, "aaabdaaabac"), read.eot_token] == [258, ord("d"), 258, ord("a"), ord("c"), 259]
-
-
-@pytest.mark.parametrize(
-    "old, new, told",
-    [
-        *(('"BPE"', f'"BPE", "{name}": 1', f"{name} 1 is not supported (model)") for name in OF_MODELS),
-        *((f'"{name}": false', f'"{name}": true', name) for name in SWITCHES),
-        *(('"Isolated"', f'"{name}"', name) for name in ("Removed", "MergedWithPrevious", "Contiguous")),
-        ('"Split"', '"Punctuation"', '"Punctuation"'),
-        ('"Regex"', '"String"', '"String"'),
-        ('"BPE"', '"WordPiece"', "not byte-level BPE"),
-        ('"pre_tokenizer"', '"pre_tokenizer": null, "x"', "not byte-level BPE"),
-        ('"pre_tokenizer"', '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true}, "x"', "pre-tokenizer"),
-        ('"version"', NORMALIZER % "Lowercase", "the normalizer Lowercase is not supported"),
-        ("<|endoftext|>", "<|end|>", "no token that marks the end of a document"),
-        (MERGES, '["a", "b"], ["a", "a"]', "its merges are not in the order of their ids"),
-    ],
-)
-def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, tmp_path, old, new, told):
-    textbook(tmp_path, old, new)
-    (tmp_path / "a.txt").write_text("text")
-    assert told in refused(prepare, "a.txt", "--tokenizer", tmp_path)
 
 
 def test_a_published_folder_that_cannot_be_loaded_is_one_sentence(golden, refused):

@@ -10,12 +10,13 @@ import sys
 import pytest
 from conftest import ROOT, TINY, shell
 
+import chat
 import model as models
-import prepare
 import sample
 import train
+from tokenizer import byte_tokenizer
 
-BYTE = prepare.byte_tokenizer()
+BYTE = byte_tokenizer()
 
 
 def fed(text: bytes, stop: str | None = None) -> list[str]:
@@ -52,7 +53,7 @@ def test_text_streams_while_nothing_of_it_could_be_the_stop_text():
 
 def test_text_ends_at_end_of_text():
     decoder = sample.Decoder(BYTE, None)
-    assert [decoder.feed(ord("a")), decoder.feed(BYTE.eot_token)] == ["a", ""] and decoder.ended
+    assert [decoder.feed(ord("a")), decoder.feed(BYTE.end_of_text)] == ["a", ""] and decoder.ended
 
 
 def test_a_seed_repeats_a_draw_and_greedy_text_is_the_same_in_a_batch_and_alone(call, run, capsys):
@@ -89,26 +90,27 @@ def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(call, data,
     def texts(*flags) -> list[str]:
         inputs.clear(), draws.clear(), capsys.readouterr()
         monkeypatch.setattr("sys.stdin", io.StringIO("a b\n\n"))
-        call(sample, "r", *flags)
+        call(*([chat, "r"] if flags[0] == "chat" else [sample, "r", flags[0]]), *flags[1:])
         written = re.split(r"--- \d of 8\n", capsys.readouterr().out)[-8:]
         return [text.removesuffix("\n").removeprefix("a b") for text in written]
 
-    text, chat = [256, *b"a b"], [257, *b"user\na b", 258, *b"\n", 257, *b"assistant\n"]
+    text, asked = [256, *b"a b"], [257, *b"user\na b", 258, *b"\n", 257, *b"assistant\n"]
     options = {"temperature": 0.7, "top_k": 299, "top_p": 0.99}
     flags = "--temperature 0.7 --top_k 299 --top_p 0.99 --tokens 9 --seed 5 --int8 --device cpu".split()
-    for way, ids in {"--prompt=a b": text, "--prompt_file=p.txt": text, "--interactive": text, "--chat": chat}.items():
+    for way, ids in {"--prompt=a b": text, "--prompt_file=p.txt": text, "--interactive": text, "chat": asked}.items():
         n = 8 if "prompt" in way else 1
-        whole = texts(way, *flags, "--n", n)
+        many = [] if way == "chat" else ["--n", n]
+        whole = texts(way, *flags, *many)
         assert draws[0] == (options, 5) and inputs[0] == ([ids] * n, "Int8Linear")
         assert len(draws) <= 9 and len(whole) == n
         stop = whole[-1][2:4]
-        assert texts(way, *flags, "--n", n, f"--stop={stop}") == [one.partition(stop)[0] for one in whole]
+        assert texts(way, *flags, *many, f"--stop={stop}") == [one.partition(stop)[0] for one in whole]
         texts(way, "--tokens", 1)
-        defaults = {"temperature": 0.0 if way == "--chat" else 0.8, "top_k": None, "top_p": None}
+        defaults = {"temperature": 0.0 if way == "chat" else 0.8, "top_k": None, "top_p": None}
         assert draws[0][0] == defaults and inputs[0] == ([ids], "Linear")
         seed = draws[0][1]
         texts(way, "--temperature", 0)  # always id 0, which ends nothing
-        room = 64 - len(chat) if way == "--chat" else 200  # an answer ends with the context
+        room = 64 - len(asked) if way == "chat" else 200  # an answer ends with the context
         assert draws[0][1] != seed and len(draws) == room
     assert max(drawn) < 259
 
@@ -174,7 +176,8 @@ def test_a_prompt_in_another_encoding_and_closed_streams_end_nothing(call, run, 
         call(sample, run, "--interactive")
 
 
-def test_help_says_what_the_script_does_without_loading_torch():
-    code = "import sys, sample; sys.argv[1:] = ['--help']\ntry: sample.main()\nfinally: print('torch' in sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "--interactive" in printed and printed.endswith("False\n")
+@pytest.mark.parametrize("script", [sample, chat])
+def test_help_says_what_the_script_does(call, capsys, script):
+    with pytest.raises(SystemExit):
+        call(script, "--help")
+    assert script.__doc__.strip().splitlines()[-1] in (printed := capsys.readouterr().out) and "--int8" in printed

@@ -28,6 +28,9 @@ from model import GPT, Block, GPTConfig, load_checkpoint, model_settings
 from published import load_model
 
 
+MACHINE = train.Machine(torch.device("cpu"), contextlib.nullcontext(), False, None, {})
+
+
 @pytest.fixture
 def alone():
     """A process group of one, as main() makes it."""
@@ -231,7 +234,7 @@ def test_a_short_evaluation_is_spread_over_the_held_out_text(alone, data):
     get = windows.get
     windows.get = lambda indices: seen.extend(indices) or get(indices)
     config = train.Config(seq_len=16, vocab_size=257, n_layer=1, eval_tokens=160, dtype="float32")
-    train.evaluate(GPT(config), windows, config, torch.device("cpu"), contextlib.nullcontext())
+    train.evaluate(GPT(config), windows, config, MACHINE)
     seen = np.unique(seen)  # the last one is repeated, to fill its micro-batch
     assert len(seen) == 10 and min(np.diff(seen)) >= windows.n_windows // 10 and max(seen) > 0.8 * windows.n_windows
 
@@ -441,7 +444,7 @@ def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monk
 
 
 def test_metrics_that_cannot_be_written_do_not_stop_a_run(alone, tmp_path, capsys):
-    log = train.Log(train.Config(out=str(tmp_path)), None, 0, None, 0.0)
+    log = train.Log(train.Config(out=str(tmp_path)), MACHINE, None, 0, 0.0)
     log.path = Path("/dev/full")
     log.record(step=7, loss=1.0)
     assert "the metrics of step 7 are lost: [Errno 28]" in capsys.readouterr().err
@@ -622,7 +625,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("preset", RECIPES)
 def test_defaults_and_recipes_are_those_that_the_readme_and_help_name(preset):
-    config = train.build_config({"preset": preset} if preset != "toy" else {}).chosen()
+    config = train.build_config({"preset": preset} if preset != "toy" else {}).given
     assert (DEFAULTS | RECIPES[preset] | {"preset": preset}).items() <= config.items()
 
 

@@ -1,7 +1,7 @@
 """How often a model answers the held-out default conversations exactly, by kind of question: the README's table.
 
-    python tests/chat.py runs/chat            a model that was fine-tuned on `python prepare.py --chat`
-    python tests/chat.py runs/chat --cache    tokens per second of a chat, with and without the kept cache
+    python tests/answers.py runs/chat            a model that was fine-tuned on `python chat.py --prepare`
+    python tests/answers.py runs/chat --cache    tokens per second of a chat, with and without the kept cache
 
 An answer counts as exact if it equals the expected one to the last character, and as ended if the model ends it by
 itself. The questions of the kind "knowing" are about names of the train split, asked in another way than in training.
@@ -18,8 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from chat import WAYS_TO_ASK, render, stdlib_conversations
 from model import KVCache
-from prepare import WAYS_TO_ASK, default_corpus, render, stdlib_conversations
+from prepare import default_corpus
 from published import load_model
 from sample import continuations
 
@@ -44,7 +45,7 @@ def report(model, tokenizer, n: int) -> None:
     for kind, conversations in held_out.items():
         for messages in rng.sample(conversations, min(n, len(conversations))):
             for i in range(1, len(messages), 2):
-                ids = render(tokenizer, messages[:i], ask=True).tolist()
+                ids = render(tokenizer, messages[:i], ask=True)[0].tolist()
                 n_tokens = min(80, model.config.seq_len - len(ids))
                 if n_tokens < 1:
                     continue
@@ -67,7 +68,7 @@ def time_cache(model, tokenizer) -> None:
         for turn in range(40):
             question = f"Tell me about the number {turn}, please, in a short sentence."
             messages.append({"role": "user", "content": question})
-            ids = render(tokenizer, messages, ask=True).tolist()
+            ids = render(tokenizer, messages, ask=True)[0].tolist()
             if len(ids) + 16 > min(model.config.seq_len, 2048):
                 break
             start = time.perf_counter()
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="conversations of each kind (%(default)s)")
     parser.add_argument("--cache", action="store_true", help="time the cache")
     args = parser.parse_args()
-    model, tokenizer, _ = load_model(args.source)
+    model, tokenizer, *_ = load_model(args.source)
     model.float().eval()
     (time_cache if args.cache else lambda *pair: report(*pair, args.n))(model, tokenizer)
 

@@ -1,0 +1,408 @@
+"""Conversations: make a data set of them, and talk to a model that was trained on one.
+
+    python chat.py --prepare --tokenizer runs/toy-1              the default conversations, with a run's tokenizer
+    python chat.py --prepare talks.jsonl --tokenizer runs/toy-1  your own, recognised by the keys of their records
+    python train.py --init runs/toy-1 --data data/chat           fine-tune the run on them
+    python chat.py                                               talk to the newest run
+    python chat.py downloads/smollm2 --tokens 100                or to a published chat model
+    echo 'Who are you?' | python chat.py runs/chat               one question per line, without a terminal
+
+To a model, a conversation is a text with control tokens around its messages, of which each kind of model expects its
+own, its template. The loss counts what the assistant says, with the token that ends it:
+
+    <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\n{I am a small language model.<|im_end|>}\\n
+
+In the terminal, Ctrl-C ends an answer, Ctrl-D the program. When the conversation outgrows the model's context, its
+oldest questions and answers are dropped. A line that begins with a slash is a command:
+
+    /post TEXT      put a text, or the text of a file of this name, before the next question
+    /system TEXT    begin a new conversation, and tell the model how to behave in it
+    /clear          begin a new conversation
+"""
+
+import argparse
+import ast
+import json
+import os
+import random
+import sys
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import regex  # see tokenizer.py
+
+from model import GPT, KVCache
+from prepare import DEFAULT_TOKENIZER, SPLITS, NewDataset, Piece, Skipped, default_out
+from prepare import fail, is_container, records, split_of, tolerate_streams
+from sample import add_flags, continuations, open_model, run
+from tokenizer import CHATML, Part, Template, Tokenizer
+
+IGNORED = -100  # torch's number for a target that the loss does not count
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A conversation as tokens
+
+Message = dict[str, str]  # {"role": "system", "user", "assistant" or "tool", "content": text}
+
+
+def parts_of(template: Template, messages: list[Message], ask: bool = False) -> Iterator[Part]:
+    """Yield the text of a conversation in parts that are encoded one by one: control tokens count in the template's
+    parts only, so that no message can inject one. `ask` adds the beginning of the next answer."""
+
+    def control(text: str, target: bool = False) -> Part:
+        return Part(text, control=True, target=target)
+
+    yield control(template.begin)
+    for i, message in enumerate(messages):
+        answers = message["role"] == "assistant"
+        yield control(template.header.format(role=message["role"]))
+        if answers and i == len(messages) - 1:
+            yield control(template.opening)
+        yield Part(message["content"].strip(), target=answers)
+        yield control(template.end, target=answers)
+        yield control(template.gap)
+    if ask:
+        yield control(template.header.format(role="assistant") + template.opening)
+
+
+def render(tokenizer: Tokenizer, messages: list[Message], ask: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens [N] of a conversation, and which of them the loss counts."""
+    return tokenizer.encode_parts(parts_of(tokenizer.template, messages, ask))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data set of conversations
+
+
+def prepare(inputs: list[str], out: str | Path, tokenizer: str, val_fraction: float | None = None) -> None:
+    """Make the data set `out` from files of conversations, or of questions about the default corpus if `inputs` is
+    empty. The val split gets about `val_fraction` of them."""
+    new = NewDataset(inputs, out, tokenizer, val_fraction, chat=True)
+    template = CHATML if isinstance(new.tokenizer, int) else new.tokenizer.template
+
+    def pieces(skipped: Skipped) -> Iterator[Piece]:
+        if inputs:
+            talks = conversations(new.files, new.val_fraction, skipped)
+        else:
+            talks = ((split, talk) for split, _, talk in stdlib_conversations(new.files, new.val_fraction))
+        for split, messages in talks:
+            yield split, list(parts_of(template, messages))
+            yield split, None
+
+    new.write(pieces)
+
+
+ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
+
+
+def conversations(files: list[Path], val_fraction: float, skipped: Skipped) -> Iterator[tuple[str, list[Message]]]:
+    """Yield the split and the messages of each conversation. Equal first questions share a split."""
+    for path in files:
+        if not is_container(path):
+            skipped[path, "not a file of conversations"] += 1
+            continue
+        for record in records(path, None, skipped):
+            try:
+                messages = messages_in(record)
+            except Unusable as reason:
+                skipped.record(path, str(reason), record)
+                continue
+            roles = [message["role"] for message in messages]
+            asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages
+            yield split_of(json.dumps(asked).encode(), val_fraction), messages
+
+
+class Unusable(Exception):
+    """The reason why a record cannot be used."""
+
+
+def turns_in(record: object) -> list:
+    """The messages of a record in one of the usual layouts, as they are there. Raises Unusable for other records."""
+    match record:
+        case list(turns):
+            return turns
+        case {"messages": list(turns)} | {"conversations": list(turns)}:
+            system = record.get("system")
+            return [{"role": "system", "content": system}, *turns] if system else turns
+        case {"prompt": list(asked), "completion": list(answered)}:
+            return asked + answered
+        case {"instruction": str(asked), "output": answered}:
+            return [f"{asked}\n\n{record.get('input') or ''}".strip(), answered]
+        case {"prompt": asked, "completion": answered} | {"question": asked, "answer": answered}:
+            return [asked, answered]
+        case {"input": asked, "output": answered}:
+            return [asked, answered]
+    raise Unusable("records that are not conversations")
+
+
+def messages_in(record: object) -> list[Message]:
+    """The messages of a record up to the last answer. Those of one role in a row become one. Raises Unusable, with the
+    reason."""
+    messages = []
+    for i, turn in enumerate(turns_in(record)):
+        match turn:
+            case str(content):  # texts without roles take turns
+                role = ("user", "assistant")[i % 2]
+            case {"role": str(name), "content": content} | {"from": str(name), "value": content}:
+                role = ROLES.get(name.lower())
+            case _:
+                role = content = None
+        if isinstance(content, list):  # of parts, which may also be images
+            content = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = "".join(content) if all(isinstance(text, str) for text in content) else None
+        if not role or not isinstance(content, str) or regex.search(r"\p{Surrogate}", content):
+            raise Unusable("conversations with a message that is not text, or that has no known role")
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n{content}"
+        else:
+            messages.append({"role": role, "content": content})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages or not all(message["content"].strip() for message in messages if message["role"] == "assistant"):
+        raise Unusable("conversations without an answer, or with an empty one")
+    return messages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default conversations: questions about the source of Python's standard library
+
+Fact = tuple[str, str, str]  # a kind of question, what it asks about, and the answer
+WAYS_TO_ASK = {
+    "purpose": ("What does {} do?", "What is {} for?", "Explain what {} does."),
+    "arguments": ("Which arguments does {} take?", "How do I call {}?", "What can I pass to {}?"),
+    "default": ("What is the default of {}?", "Which value does {} have by default?", "What if I leave out {}?"),
+    "base": ("Which class does {} derive from?", "What is the base class of {}?", "What does {} inherit from?"),
+}
+UNANSWERED = "The post does not say that."
+MANNERS = {
+    ("Hello!", "Hi.", "Good morning."): "Hello! Show me a post about Python and ask me about it.",
+    ("Who are you?", "What are you?"): "I am a small language model. I repeat what I have read.",
+    ("What can you do?", "Help!"): "I answer questions about a post that you show me.",
+    ("Thanks.", "Thank you!", "Great, thanks."): "You are welcome.",
+}
+
+
+def stdlib_posts(files: list[Path]) -> dict[str, list[Fact]]:
+    """{a line about a function or class: what it says}, from the source of Python files, which is not executed."""
+    posts = {}
+    for path in files:
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # some distributions ship files for other versions of Python
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            docstring = " ".join((ast.get_docstring(node) or "").split())
+            if not (purpose := regex.match(r"[A-Z][^`]{15,90}?\.(?= |$)", docstring)):  # its first sentence
+                continue
+            facts = [("purpose", node.name, purpose[0])]
+            if isinstance(node, ast.FunctionDef):
+                arguments = regex.sub("^(self|cls)(, |$)", "", ast.unparse(node.args))
+                beginning = f"`{node.name}({arguments})`"
+                facts.append(("arguments", node.name, beginning))
+                defaults = regex.findall(r"(\w+)=([^,()]+)(?=,|$)", arguments)
+                facts += [("default", name, f"`{name}={value}`") for name, value in defaults]
+            elif node.bases:
+                beginning = f"`{node.name}` derives from `{ast.unparse(node.bases[0])}`"
+                facts.append(("base", node.name, f"{beginning}."))
+            else:
+                continue
+            if len(beginning) < 100:
+                posts[f"{beginning}: {purpose[0]}"] = facts
+    return posts
+
+
+def stdlib_conversations(files: list[Path], val_fraction: float) -> Iterator[tuple[str, str, list[Message]]]:
+    """Yield the split, the kind and the messages of conversations about the standard library. The val split asks about
+    other names than the train split."""
+    posts = stdlib_posts(files)
+    for split in SPLITS:
+        mine = [post for post, facts in posts.items() if split_of(facts[0][1].encode(), val_fraction) == split]
+        rng = random.Random(split)
+
+        def ask(fact: Fact, subject: str | None = None, rng=rng) -> str:
+            return rng.choice(WAYS_TO_ASK[fact[0]]).format(subject or f"`{fact[1]}`")
+
+        for post in mine:
+            for fact in posts[post][:3]:
+                yield split, "reading", messages_in([f"{post}\n\n{ask(fact)}", fact[2]])
+            fact, later = rng.sample(posts[post], 2)
+            follow_up = ask(later, None if later[0] == "default" else "it")
+            turns = [f"{post}\n\n{ask(fact)}", fact[2], follow_up, later[2], "Thanks.", "You are welcome."]
+            yield split, "follow-ups", messages_in(turns[: rng.choice([4, 6])])
+            other = rng.choice(mine)
+            if not {about for _, about, _ in posts[post]} & {about for _, about, _ in posts[other]}:
+                both = "\n".join(rng.sample([post, other], 2))
+                yield split, "two posts", messages_in([f"{both}\n\n{ask(fact)}", fact[2]])
+                if rng.random() < 0.4:
+                    yield split, "unanswered", messages_in([f"{post}\n\n{ask(posts[other][-1])}", UNANSWERED])
+            if split == "train":
+                yield split, "knowing", messages_in([ask(posts[post][0]), posts[post][0][2]])
+            if rng.random() < 0.2:
+                questions, answer = rng.choice(list(MANNERS.items()))
+                yield split, "manners", messages_in([rng.choice(questions), answer])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of conversations, to train on
+
+
+class Conversations:
+    """A split of conversations, packed into rows of seq_len inputs and their targets. A conversation that is longer
+    than a row is cut after an answer; without an answer that fits, it is left out."""
+
+    def __init__(self, shards: list[np.ndarray], masks: list[np.ndarray], seq_len: int, separator: int):
+        tokens, mask = np.concatenate(shards), np.concatenate(masks)
+        answer_ends = np.append(-1, np.flatnonzero(mask & ~np.append(mask[1:], False)))
+        stops = np.flatnonzero(tokens == separator)
+        starts = np.append(0, stops[:-1] + 1)
+        limits = np.minimum(stops, starts + seq_len + 1)
+        # The end of the last answer in each conversation, and of the last one that fits into a row.
+        last, fitting = (answer_ends[np.searchsorted(answer_ends, limit) - 1] for limit in (stops, limits))
+        fits = fitting >= starts
+        self.n_cut, self.n_left_out = int(np.sum(fits & (fitting < last))), int(np.sum(~fits))
+        starts, lengths = starts[fits], (fitting - starts + 1)[fits]
+        rows = pack(lengths, seq_len + 1)
+        self.n_tokens, self.n_windows = int(lengths.sum()), len(rows)
+        self.tokens = np.full((len(rows), seq_len + 1), separator, tokens.dtype)
+        self.mask = np.zeros(self.tokens.shape, bool)
+        self.numbers = np.full(self.tokens.shape, seq_len)  # of the conversation in its row; padding has the highest
+        for row, members in enumerate(rows):
+            ends = np.cumsum(lengths[members])
+            for number, (i, end) in enumerate(zip(members, ends)):
+                here, there = np.s_[row, end - lengths[i] : end], np.s_[starts[i] : starts[i] + lengths[i]]
+                self.tokens[here], self.mask[here], self.numbers[here] = tokens[there], mask[there], number
+
+    def count(self, indices: np.ndarray) -> int:
+        """How many targets of these rows the loss counts."""
+        return int(self.mask[indices].sum())
+
+    def get(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The inputs and targets [len(indices), seq_len] of these rows, and the number of each input's conversation."""
+        tokens = self.tokens[indices].astype(np.int64)
+        targets = np.where(self.mask[indices], tokens, IGNORED)
+        return tokens[:, :-1], targets[:, 1:], self.numbers[indices, :-1]
+
+
+def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Pack items into rows by best fit: the longest first, each into the fullest row that has room for it. Returns the
+    items of each row: pack([3, 5, 1, 2], 6) -> [[1, 2], [0, 3]]"""
+    rows, spaces = [], []  # spaces: the room in each row and the row's number, sorted
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        if (at := bisect_left(spaces, (lengths[item],))) == len(spaces):
+            spaces.append((size, len(rows)))
+            rows.append([])
+        room, row = spaces.pop(at)
+        rows[row].append(item)
+        insort(spaces, (room - lengths[item], row))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terminal
+
+
+def talk(model: GPT, tokenizer: Tokenizer, args: argparse.Namespace, **options) -> None:
+    """Read questions and commands from stdin until it ends, and print each answer as it is generated. The cache keeps
+    the keys and values of the conversation, so that each turn computes those of its own tokens only."""
+    weight = model.embedding.weight
+    cache = KVCache(model.config, 1, weight.device, weight.dtype)
+    messages, post = [], ""
+    if sys.stdin.isatty():
+        print("Ask a question, or type /post TEXT, /system TEXT or /clear. Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/clear":
+            messages.clear()
+        elif command == "/system":
+            messages[:] = [{"role": "system", "content": rest}]
+        elif command == "/post" and rest:
+            try:
+                text = Path(rest).read_text(encoding="utf-8").strip() if os.path.isfile(rest) else rest
+                post = f"{text}\n\n"
+                print(f"(a post of {len(text):,} characters stands before the next question)", file=sys.stderr)
+            except (OSError, ValueError) as error:
+                print(f"cannot read {rest}: {error}", file=sys.stderr)
+        elif command.startswith("/"):
+            print("the commands are /post TEXT, /system TEXT and /clear", file=sys.stderr)
+        elif line:
+            messages.append({"role": "user", "content": post + line})
+            post = ""
+            if not (ids := fitting_prompt(tokenizer, messages, model.config.seq_len, args.tokens)):
+                continue
+            messages.append({"role": "assistant", "content": ""})
+            n_tokens = min(args.tokens, model.config.seq_len - len(ids))
+            with suppress(KeyboardInterrupt):
+                for (text,) in continuations(model, tokenizer, ids, 1, n_tokens, args.stop, cache=cache, **options):
+                    print(text, end="", flush=True)
+                    messages[-1]["content"] += text
+            print()
+
+
+def fitting_prompt(tokenizer: Tokenizer, messages: list[Message], seq_len: int, n_tokens: int) -> list[int]:
+    """The tokens of the conversation up to the next answer, which gets room for n_tokens or a quarter of the context.
+    The oldest questions and answers are removed to make room. A last question that does not fit alone is removed too,
+    and the result is empty."""
+    n_system = int(messages[0]["role"] == "system")  # these stay
+    limit, before = seq_len - min(n_tokens, seq_len // 4), len(messages)
+    if len(render(tokenizer, [*messages[:n_system], messages[-1]], ask=True)[0]) > limit:
+        print(f"this is too long for the model's context of {seq_len} tokens", file=sys.stderr)
+        messages.pop()
+        return []
+    while len(ids := render(tokenizer, messages, ask=True)[0].tolist()) > limit:
+        del messages[n_system : n_system + 2]
+    if dropped := (before - len(messages)) // 2:
+        print(f"(the context is full; questions dropped, oldest first: {dropped})", file=sys.stderr)
+    return ids
+
+
+def dialogues(model: GPT, tokenizer: Tokenizer, data: Conversations) -> str:
+    """Three held-out conversations up to the first answer, control tokens included, and what the model answers, for the
+    end of a training run."""
+    texts = []
+    for row in sorted({0, data.n_windows // 2, data.n_windows - 1}):
+        ids = data.tokens[row, : max(1, data.mask[row].argmax())].tolist()
+        steps = continuations(model.eval(), tokenizer, ids, 1, model.config.seq_len - len(ids), temperature=0)
+        texts.append(tokenizer.decode(ids) + "".join(text for (text,) in steps))
+    return "\n\n".join(texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main() -> None:
+    tolerate_streams()
+    sys.stdout.reconfigure(encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev, add = False, parser.add_argument  # --prep would not be seen in the next lines
+    add("--prepare", action="store_true", help="make a data set; with --help: the flags for that")
+    if "--prepare" in sys.argv[1:]:
+        add("inputs", nargs="*", metavar="INPUT", help="conversations (default: questions about Python's library)")
+        add("--out", help="folder for the data set (data/NAME, from the first input's name; data/chat)")
+        add("--tokenizer", default=DEFAULT_TOKENIZER, help="that of the model to fine-tune (%(default)s)")
+        add("--val_fraction", type=float, help="fraction to hold out (0.01; 0.05 of the default conversations)")
+        args = parser.parse_args()
+        out = args.out if args.out is not None else default_out(args.inputs, "chat")
+        return prepare(args.inputs, out, args.tokenizer, args.val_fraction)
+    add("source", nargs="?", help="a run, a .json or .pt file in it, or a published model's folder (the newest run)")
+    add_flags(parser, temperature=0.0)
+    args = parser.parse_args()
+    (model, tokenizer, source, was_trained), options = open_model(args.source, args)
+    if not tokenizer.template:
+        fail(f"{source} has no tokens for conversations: fine-tune it on some first, see python chat.py --help")
+    if not was_trained:
+        print(f"{source} was not trained on conversations, so do not expect answers", file=sys.stderr)
+    talk(model, tokenizer, args, **options)
+
+
+if __name__ == "__main__":
+    run(main)

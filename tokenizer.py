@@ -1,0 +1,392 @@
+"""Text to token ids and back.
+
+A model reads numbers. A tokenizer cuts text into tokens, pieces of text that have an id each in its vocabulary:
+
+    >>> tokenizer = named_tokenizer("gpt2")
+    >>> tokenizer.encode("Hello world").tolist(), tokenizer.bytes_of(15496)
+    ([15496, 995], b'Hello')
+
+All tokenizers here are byte-pair encoding on bytes, so that any text can be encoded:
+
+    byte         the 256 bytes are the tokens
+    bpe:4096     bytes, and pairs of tokens that train_bpe() merges into new ones until there are 4,096
+    gpt2, ...    the published ones that the library tiktoken knows by name
+    a folder     a run's or a published model's, with its file tokenizer.json
+
+Control tokens, such as the <|endoftext|> between documents, belong to no text: where a text spells one, it is encoded
+as ordinary characters. tiktoken does the encoding.
+"""
+
+import base64
+import heapq
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import regex  # tiktoken's dependency: unlike re, it knows \p{L}, any letter, and \p{N}, any digit
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation, see CHATML
+SPECIAL_TOKENS = (END_OF_TEXT, *CHAT_TOKENS)  # of every tokenizer made here
+BYTES = {bytes([byte]): byte for byte in range(256)}
+PROBE = "I'll DON'T we'Ve 1234567 a1b22 naïve 你好吗 🙂🙂 x==y; f(__init__)  \t two\n\n  \r\n 'end' "  # see extends()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning a vocabulary from text
+
+# A tokenizer first splits text into chunks with a regular expression, and no token spans two chunks. GPT-4's chunks are
+# words with the space before them, numbers of up to three digits, punctuation, and white space:
+# "it's 12345 cats" -> "it", "'s", " ", "123", "45", " cats"
+GPT4_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
+    r"""|\s+(?!\S)|\s"""
+)
+MAX_CHUNK = 256  # characters
+
+
+Progress = Callable[[int], None]  # is told how many tokens have been learned so far
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | None = None) -> "Tokenizer":
+    """Learn a vocabulary of `vocab_size` tokens, SPECIAL_TOKENS among them, from texts."""
+    chunk_counts: Counter[str] = Counter()
+    for text in texts:
+        chunk_counts.update(regex.findall(GPT4_PATTERN, text))
+    for chunk in [chunk for chunk in chunk_counts if len(chunk) > MAX_CHUNK]:  # as in a genome: would take too long
+        count = chunk_counts.pop(chunk)
+        for i in range(0, len(chunk), MAX_CHUNK):
+            chunk_counts[chunk[i : i + MAX_CHUNK]] += count
+    ranks = train_bpe(chunk_counts, vocab_size - len(SPECIAL_TOKENS), progress)
+    return Tokenizer.of(f"bpe:{len(ranks) + len(SPECIAL_TOKENS)}", GPT4_PATTERN, ranks)
+
+
+def train_bpe(chunk_counts: Counter[str], vocab_size: int, progress: Progress | None = None) -> dict[bytes, int]:
+    """Train byte-pair encoding (Sennrich et al., 2016; on bytes as in GPT-2).
+
+    Start with the 256 bytes as tokens. Then repeat: the most frequent pair of adjacent tokens becomes a new token. Ties
+    go to the pair with the smaller ids. `naive_bpe` in tests/test_tokenizer.py does the same in fifteen lines by
+    counting all pairs again for every new token; this function only updates the counts that change.
+
+    `chunk_counts` says how often each chunk occurs in the text. Returns {bytes of a token: its id}, with `vocab_size`
+    tokens, or fewer if no pair occurs twice any more.
+    """
+    chunks = [list(chunk.encode()) for chunk in chunk_counts]  # as token ids
+    counts = list(chunk_counts.values())
+    pair_counts: Counter[tuple[int, int]] = Counter()
+    chunks_with = defaultdict(set)  # pair -> the chunks it occurs in, as indices
+    for i, chunk in enumerate(chunks):
+        for pair in pairwise(chunk):
+            pair_counts[pair] += counts[i]
+            chunks_with[pair].add(i)
+
+    tokens, ranks = list(BYTES), dict(BYTES)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < vocab_size:
+        negative_count, pair = heapq.heappop(heap)
+        if -negative_count != pair_counts[pair]:
+            continue  # outdated: the heap holds the pair's current count as well
+        if pair_counts[pair] < 2:
+            break
+        token = tokens[pair[0]] + tokens[pair[1]]
+        if token not in ranks:  # else another pair spelled the same bytes, and tiktoken has one token for both
+            ranks[token] = len(tokens)
+            tokens.append(token)
+            if progress:
+                progress(len(tokens))
+        changes: Counter[tuple[int, int]] = Counter()
+        for i in chunks_with.pop(pair):
+            for old in pairwise(chunks[i]):
+                changes[old] -= counts[i]
+            chunks[i] = merge(chunks[i], pair, ranks[token])
+            for new in pairwise(chunks[i]):
+                changes[new] += counts[i]
+                chunks_with[new].add(i)
+        for changed, change in changes.items():
+            if change:
+                pair_counts[changed] += change
+                heapq.heappush(heap, (-pair_counts[changed], changed))
+    return ranks
+
+
+def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """merge([1, 2, 3, 1, 2], (1, 2), 4) -> [4, 3, 4]"""
+    merged = []
+    for token in ids:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] = new
+        else:
+            merged.append(token)
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+class Template(NamedTuple):
+    """What a chat model expects around the messages of a conversation."""
+
+    header: str  # before each message, with the role filled in
+    end: str  # after each message: the token with which the model ends its answer
+    gap: str = "\n"  # between messages
+    begin: str = ""  # before the first message
+    opening: str = ""  # what the last answer begins with, so that the model need not write it
+
+
+CHATML = Template("<|im_start|>{role}\n", "<|im_end|>")
+TEMPLATES = (  # a tokenizer uses the first one whose tokens it has, so special cases come first
+    CHATML._replace(opening="<think>\n\n</think>\n\n"),  # Qwen3, which then answers without thinking
+    CHATML,  # all models trained here, and SmolLM2
+    Template("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", "<|begin_of_text|>"),  # Llama 3
+)
+
+
+class Part(NamedTuple):
+    """A piece of what a model is trained on or asked."""
+
+    text: str
+    control: bool = False  # control tokens that the text spells are meant as such
+    target: bool = True  # the loss counts its tokens
+
+
+class Tokenizer:
+    """A tiktoken.Encoding with its parts: `pattern` cuts text into chunks, `ranks` maps the bytes of each ordinary
+    token to its id, `special` the name of each control token. Everything else follows from these three."""
+
+    def __init__(self, encoding: tiktoken.Encoding):
+        self.encoding, self.name, self.n_vocab = encoding, encoding.name, encoding.n_vocab
+        self.pattern, self.ranks, self.special = encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens
+        self.end_of_text = self.special[END_OF_TEXT]  # ends each document, and so stands before each text
+        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)  # see encode()
+
+    @classmethod
+    def of(cls, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None) -> Self:
+        """tiktoken calls ids ranks, since it merges the lowest first. `special` is SPECIAL_TOKENS by default."""
+        if special is None:
+            special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.extends(other) and other.extends(self)
+
+    def extends(self, other: Self) -> bool:
+        """Whether this one gives the same ids as the other, and differs by more control tokens at most."""
+        # A pattern can be written in several ways, and where all tokens are bytes, any pattern will do.
+        cuts = [regex.findall(tokenizer.pattern, PROBE) for tokenizer in (self, other)]
+        same_chunks = cuts[0] == cuts[1] or max(map(len, self.ranks)) == 1
+        return same_chunks and self.ranks == other.ranks and other.special.items() <= self.special.items()
+
+    def encode(self, text: str, control: bool = False) -> np.ndarray:
+        """The ids [N] of a text. A control token that it spells is encoded as ordinary characters, unless `control`.
+
+        Bytes without a token, such as some control characters in SmolLM2's vocabulary, make tiktoken panic. They are
+        left out of their chunks, as in Hugging Face's library.
+        """
+        if control:
+            return self.encoding.encode_to_numpy(text, allowed_special="all")
+        if not self.missing or not set(self.missing) & set(text.encode()):
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        chunks = (chunk.encode().translate(None, self.missing) for chunk in regex.findall(self.pattern, text))
+        ids = [token for chunk in chunks if chunk for token in self.encoding._encode_single_piece(chunk)]
+        return np.array(ids, np.uint32)
+
+    def encode_parts(self, parts: Iterable[Part]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids [N] of parts that are encoded one by one, so that none can change the tokens of another, and which of
+        them the loss counts."""
+        parts = list(parts)
+        ids = [self.encode(part.text, part.control) for part in parts]
+        return np.concatenate(ids), np.repeat([part.target for part in parts], [len(part) for part in ids])
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of a token, or b"" for an unused id (published vocabularies have a few)."""
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return b""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(map(self.bytes_of, tokens)).decode(errors="replace")
+
+    @property
+    def n_text(self) -> int:
+        """The size of a vocabulary in which text has all that it needs: ordinary tokens and <|endoftext|>."""
+        return 1 + max(self.end_of_text, *self.ranks.values())
+
+    @cached_property
+    def template(self) -> Template | None:
+        """The template of its conversations, which follows from its control tokens."""
+        for template in TEMPLATES:
+            if set(re.findall("<[^<>]+>", "".join(template))) <= self.special.keys():
+                return template
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens at which a model ends a document or an answer."""
+        return {self.end_of_text} | ({self.special[self.template.end]} if self.template else set())
+
+    def for_chat(self) -> Self:
+        """This tokenizer, with ChatML's control tokens if it has none for conversations."""
+        if self.template:
+            return self
+        more = {token: self.n_vocab + i for i, token in enumerate(CHAT_TOKENS)}
+        return Tokenizer.of(self.name, self.pattern, self.ranks, more | self.special)
+
+    def to_dict(self, chat: bool = False) -> dict:
+        """JSON values, for meta.json, a run and its checkpoints. `chat` tells that the data set, or what the model was
+        trained on last, consists of conversations."""
+        ranks = {base64.b64encode(token).decode(): rank for token, rank in self.ranks.items()}
+        plain = {"name": self.name, "pattern": self.pattern, "ranks": ranks, "special_tokens": self.special}
+        return plain | {"chat": chat}
+
+    @classmethod
+    def from_dict(cls, plain: dict) -> Self:
+        """The inverse of to_dict."""
+        ranks = {base64.b64decode(token): rank for token, rank in plain["ranks"].items()}
+        return cls.of(plain["name"], plain["pattern"], ranks, plain["special_tokens"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers by name
+
+
+def named_tokenizer(name: str) -> Tokenizer | int:
+    """The tokenizer that --tokenizer names, or for "bpe:N" the vocabulary size N of the one to train.
+
+    "byte" and "bpe:N" need no download. Other names ("gpt2", "cl100k_base", ...) are tiktoken's, which downloads the
+    tokenizer once. Raises ValueError, in a sentence, for what there is not.
+    """
+    if name == "byte":
+        return byte_tokenizer()
+    n_least = len(BYTES) + len(SPECIAL_TOKENS)
+    if (match := re.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > n_least:
+        return int(match[1])
+    published = tiktoken.list_encoding_names()
+    if name not in published and Path(name).exists():
+        return load_tokenizer(name)
+    if name not in published:
+        choices = f"byte, bpe:N with N above {n_least}, a run, the folder of a published model, or one of"
+        raise ValueError(f"unknown tokenizer {name!r}: use {choices} {', '.join(published)}")
+    try:
+        return Tokenizer(tiktoken.get_encoding(name))
+    except OSError:  # includes the exceptions of requests, with which tiktoken downloads
+        advice = "connect to the internet, or use byte or bpe:N"
+        raise ValueError(f"could not download the tokenizer {name!r}: {advice}") from None
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Each byte is a token. Nothing is merged, so the pattern only has to make short chunks, which are encoded fast."""
+    return Tokenizer.of("byte", r"(?s:.{1,64})", BYTES)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run or of a published model, from the tokenizer.json in its folder: ours or Hugging Face's.
+    Raises ValueError, in a sentence, if that is impossible."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent  # a checkpoint may be named, too
+    file = folder / "tokenizer.json"
+    try:
+        if not file.exists() and (checkpoints := sorted(folder.glob("step-*.pt"))):  # an earlier version's run
+            import torch
+
+            state = torch.load(file := checkpoints[-1], map_location="cpu", weights_only=True, mmap=True)
+            return Tokenizer.from_dict(state["tokenizer"])
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        return Tokenizer.from_dict(plain) if "ranks" in plain else from_tokenizer_json(plain, folder.name)
+    except FileNotFoundError:
+        raise ValueError(f"there is no tokenizer in {path}: it holds neither tokenizer.json nor a checkpoint") from None
+    except Exception as error:  # noqa: BLE001 - a damaged file can make tiktoken fail in any way
+        raise ValueError(f"cannot use {file}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.json, the format of Hugging Face's library tokenizers
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
+
+
+def from_tokenizer_json(plain: dict, name: str) -> Tokenizer:
+    """The tokenizer in the contents of a tokenizer.json. Only byte-level BPE is supported: raises ValueError, by name,
+    for what would change ids."""
+    pattern = published_pattern(plain)
+    special = {token["content"]: token["id"] for token in plain["added_tokens"]}
+    ends = [name for name in (END_OF_TEXT, "<|end_of_text|>") if name in special]  # the second is Llama 3's
+    if not ends:
+        raise ValueError("it has no token that marks the end of a document")
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in plain["model"]["merges"]]
+    merged = [vocab[left + right] for left, right in merges]
+    if merged != sorted(merged):
+        raise ValueError("its merges are not in the order of their ids, which tiktoken requires")
+    ranks = {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()}
+    return Tokenizer.of(name, pattern, ranks, {END_OF_TEXT: special.pop(ends[0]), **special})
+
+
+def published_pattern(plain: dict) -> str:
+    """The pattern that splits text as the pre-tokenizer of a tokenizer.json does. Raises ValueError, by name, for what
+    would change ids and is not supported."""
+    model, first = plain["model"], plain["pre_tokenizer"] or {}
+    steps = first.get("pretokenizers", [first])  # a sequence of steps, or one step on its own
+    if model["type"] != "BPE" or "ByteLevel" not in [step.get("type") for step in steps]:
+        raise ValueError("it is not byte-level BPE, the only kind that is supported")
+    if (normalizer := (plain.get("normalizer") or {"type": "NFC"})["type"]) != "NFC":  # nearly all text is in NFC
+        raise ValueError(f"the normalizer {normalizer} is not supported")
+    refused = [(model, "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback")]
+    refused += [(token, "lstrip rstrip single_word") for token in plain["added_tokens"]]
+    for settings, names in refused:
+        for name in names.split():
+            if settings.get(name):
+                raise ValueError(f"{name} {settings[name]} is not supported ({settings.get('content', 'model')})")
+    match steps:
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            return pattern
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return r"(?s:.+)"
+        case [{"type": "ByteLevel", "add_prefix_space": False}]:
+            return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False} as last]:
+            if last.get("use_regex", True):
+                return DIGITS_PATTERN
+    raise ValueError(f"the pre-tokenizer {json.dumps(steps)} is not supported")
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter for each byte in tokenizer.json: the byte's own character if printable, else one from 256 up."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def to_tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """The inverse of from_tokenizer_json: with this, Hugging Face's libraries produce the same ids."""
+    letters = byte_letters()
+    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
+    # tiktoken merges any two neighbours that spell a token, so every way to split a token is a merge.
+    pairs = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
+    merges = [pair for pair in pairs if vocab.keys() >= set(pair)]
+    # The regular expressions there (Oniguruma) read {1,3}+ as a repetition and $ as the end of a line.
+    pattern = tokenizer.pattern.replace("}+", "}").replace("$", r"\z")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": token, "content": text, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for text, token in tokenizer.special.items()
+        ],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level] if merges else [byte_level]},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
