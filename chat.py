@@ -29,6 +29,7 @@ import sys
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ import regex  # see tokenizer.py
 
 from model import GPT, KVCache
 from prepare import DEFAULT_TOKENIZER, SPLITS, NewDataset, Piece, Skipped, default_out
-from prepare import fail, is_container, records, split_of, tolerate_streams
+from prepare import exit_on, fail, is_container, records, split_of, tolerate_streams
 from sample import add_flags, continuations, open_model, run
 from tokenizer import CHATML, Part, Template, Tokenizer
 
@@ -45,7 +46,13 @@ IGNORED = -100  # torch's number for a target that the loss does not count
 # ---------------------------------------------------------------------------------------------------------------------
 # A conversation as tokens
 
-Message = dict[str, str]  # {"role": "system", "user", "assistant" or "tool", "content": text}
+# {"role": "system", "user", "assistant" or "tool", "content": text}, and "learned": False for an answer that only is
+# context for the next ones
+Message = dict[str, str | bool]
+
+
+def is_learned(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("learned", True)
 
 
 def parts_of(template: Template, messages: list[Message], ask: bool = False) -> Iterator[Part]:
@@ -57,12 +64,13 @@ def parts_of(template: Template, messages: list[Message], ask: bool = False) -> 
 
     yield control(template.begin)
     for i, message in enumerate(messages):
-        answers = message["role"] == "assistant"
+        answers, learned = message["role"] == "assistant", is_learned(message)
         yield control(template.header.format(role=message["role"]))
         if answers and i == len(messages) - 1:
             yield control(template.opening)
-        yield Part(message["content"].strip(), target=answers)
-        yield control(template.end, target=answers)
+        # The blanks that an answer begins with may be the indentation of code.
+        yield Part(message["content"].rstrip() if answers else message["content"].strip(), target=learned)
+        yield control(template.end, target=learned)
         yield control(template.gap)
     if ask:
         yield control(template.header.format(role="assistant") + template.opening)
@@ -80,7 +88,8 @@ def render(tokenizer: Tokenizer, messages: list[Message], ask: bool = False) -> 
 def prepare(inputs: list[str], out: str | Path, tokenizer: str, val_fraction: float | None = None) -> None:
     """Make the data set `out` from files of conversations, or of questions about the default corpus if `inputs` is
     empty. The val split gets about `val_fraction` of them."""
-    new = NewDataset(inputs, out, tokenizer, val_fraction, chat=True)
+    with exit_on(ValueError, OSError):
+        new = NewDataset(inputs, out, tokenizer, val_fraction, chat=True)
     template = CHATML if isinstance(new.tokenizer, int) else new.tokenizer.template
 
     def pieces(skipped: Skipped) -> Iterator[Piece]:
@@ -95,7 +104,26 @@ def prepare(inputs: list[str], out: str | Path, tokenizer: str, val_fraction: fl
     new.write(pieces)
 
 
-ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
+ROLES = {  # by the names that are in use for them
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+# Keys of records and messages, beside those of their layout. All others are named in the report.
+WEIGHTS = {"weight", "train", "trainable", "loss"}  # 0 or false: the loss does not count these answers
+LABELS = {"label", "kto_tag", "desirable", "correct", "is_correct"}  # false: the answers are bad examples
+DECISIVE = set(  # answers mean something else without them, and no template here has a place for them
+    "tools functions tool_calls function_call reasoning_content thinking image images image_url video videos audio"
+    " audios context contexts document documents passage choices options instruction input chosen train_detail".split()
+)
+HARMLESS = regex.compile(  # they describe a record, as do "source_url" and "n_tokens"
+    r"(?i)(.*[_-])?(ids?|uuid|hash|index|idx|source|origin|dataset|url|link|licen[cs]e|category|topic|domain|subject"
+    r"|task|type|tags?|title|date|time|timestamp|created(_at)?|updated(_at)?|language|lang|locale|model|generator"
+    r"|author|split|subset|version|meta|metadata|tokens|length|turns?)"
+)
+NOTHING = (None, "", [], {}, "[]")  # values of a key that is only there because other records use it
+TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 def conversations(files: list[Path], val_fraction: float, skipped: Skipped) -> Iterator[tuple[str, list[Message]]]:
@@ -106,10 +134,11 @@ def conversations(files: list[Path], val_fraction: float, skipped: Skipped) -> I
             continue
         for record in records(path, None, skipped):
             try:
-                messages = messages_in(record)
+                messages, unused = messages_in(record)
             except Unusable as reason:
                 skipped.record(path, str(reason), record)
                 continue
+            skipped.unused.update(unused)
             roles = [message["role"] for message in messages]
             asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages
             yield split_of(json.dumps(asked).encode(), val_fraction), messages
@@ -119,51 +148,93 @@ class Unusable(Exception):
     """The reason why a record cannot be used."""
 
 
-def turns_in(record: object) -> list:
-    """The messages of a record in one of the usual layouts, as they are there. Raises Unusable for other records."""
+def taking_turns(texts: list[str]) -> list[Message]:
+    """A conversation of texts: a question, its answer, the next question, and so on."""
+    return [{"role": role, "content": text} for role, text in zip(cycle(["user", "assistant"]), texts)]
+
+
+def turns_in(record: object) -> tuple[list, dict]:
+    """The messages of a record in one of the usual layouts, as they are there, and its other keys. Raises Unusable for
+    other records."""
+    keys = {}
     match record:
         case list(turns):
-            return turns
-        case {"messages": list(turns)} | {"conversations": list(turns)}:
-            system = record.get("system")
-            return [{"role": "system", "content": system}, *turns] if system else turns
-        case {"prompt": list(asked), "completion": list(answered)}:
-            return asked + answered
-        case {"instruction": str(asked), "output": answered}:
-            return [f"{asked}\n\n{record.get('input') or ''}".strip(), answered]
-        case {"prompt": asked, "completion": answered} | {"question": asked, "answer": answered}:
-            return [asked, answered]
-        case {"input": asked, "output": answered}:
-            return [asked, answered]
-    raise Unusable("records that are not conversations")
+            pass
+        case {"messages": list(turns), **keys} | {"conversations": list(turns), **keys}:
+            pass
+        case {"prompt": list(asked), "completion": list(answered), **keys}:
+            turns = asked + answered
+        case {"instruction": str(asked), "output": answered, **keys} if isinstance(keys.get("input") or "", str):
+            turns = [f"{asked}\n\n{keys.pop('input', None) or ''}".strip(), answered]
+        case {"prompt": asked, "completion": answered, **keys} | {"question": asked, "answer": answered, **keys}:
+            turns = [asked, answered]
+        case {"input": asked, "output": answered, **keys}:
+            turns = [asked, answered]
+        case _:
+            raise Unusable("records that are not conversations")
+    if all(isinstance(turn, str) for turn in turns):
+        turns = taking_turns(turns)
+    match keys.pop("history", None) or []:
+        case list(pairs) if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            turns = [*taking_turns(sum(pairs, [])), *turns]
+        case _:
+            raise Unusable("conversations with a history that is no list of [question, answer]")
+    if system := keys.pop("system", None):
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns, keys
 
 
-def messages_in(record: object) -> list[Message]:
-    """The messages of a record up to the last answer. Those of one role in a row become one. Raises Unusable, with the
-    reason."""
+def meaning_of(keys: dict) -> tuple[bool, set[str]]:
+    """Whether answers with these keys are to be learned, and which of the keys are not used. Raises Unusable if answers
+    mean something else than they seem to."""
+    said = {key: value for key, value in keys.items() if value not in NOTHING}
+    if any(said.get(key) in (False, "false", "False") for key in LABELS):
+        raise Unusable("answers that are bad examples, by their label")
+    weights = [said[key] for key in WEIGHTS & said.keys()]
+    if not all(weight in (0, 1) for weight in weights):
+        raise Unusable("conversations with weights other than 0 and 1")
+    if decisive := DECISIVE & said.keys():
+        raise Unusable(f"conversations whose answers depend on {', '.join(sorted(decisive))}")
+    used = WEIGHTS | {key for key in LABELS if said.get(key) in (True, "true", "True")}
+    return all(weights), {key for key in said.keys() - used if not HARMLESS.fullmatch(key)}
+
+
+def messages_in(record: object) -> tuple[list[Message], set[str]]:
+    """The messages of a record up to the last answer to be learned, and the keys that are not used. Messages of one
+    role in a row become one. Raises Unusable, with the reason."""
+    turns, keys = turns_in(record)
+    all_learned, unused = meaning_of(keys)
     messages = []
-    for i, turn in enumerate(turns_in(record)):
+    for turn in turns:
         match turn:
-            case str(content):  # texts without roles take turns
-                role = ("user", "assistant")[i % 2]
-            case {"role": str(name), "content": content} | {"from": str(name), "value": content}:
-                role = ROLES.get(name.lower())
+            case {"role": str(name), **keys}:
+                content = keys.pop("content", None)
+            case {"from": str(name), **keys}:
+                content = keys.pop("value", None)
             case _:
-                role = content = None
+                raise Unusable("conversations with a message that is not text")
+        if not (role := ROLES.get(name.lower())):
+            raise Unusable(f"conversations with the unknown role {name[:40]!r}")
+        learned, more = meaning_of(keys)
+        unused |= more
         if isinstance(content, list):  # of parts, which may also be images
-            content = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = "".join(content) if all(isinstance(text, str) for text in content) else None
-        if not role or not isinstance(content, str) or regex.search(r"\p{Surrogate}", content):
-            raise Unusable("conversations with a message that is not text, or that has no known role")
-        if messages and messages[-1]["role"] == role:
+            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") in TEXT_PARTS]
+            is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+            content = "".join(texts) if is_text else None
+        if not isinstance(content, str) or regex.search(r"\p{Surrogate}", content):
+            raise Unusable("conversations with a message that is not text")
+        message = {"role": role, "content": content}
+        if role == "assistant" and not (learned and all_learned):
+            message["learned"] = False
+        if messages and messages[-1] | {"content": content} == message:
             messages[-1]["content"] += f"\n{content}"
         else:
-            messages.append({"role": role, "content": content})
-    while messages and messages[-1]["role"] != "assistant":
+            messages.append(message)
+    while messages and not is_learned(messages[-1]):
         messages.pop()
     if not messages or not all(message["content"].strip() for message in messages if message["role"] == "assistant"):
-        raise Unusable("conversations without an answer, or with an empty one")
-    return messages
+        raise Unusable("conversations without an answer to learn, or with an empty one")
+    return messages, unused
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,22 +300,22 @@ def stdlib_conversations(files: list[Path], val_fraction: float) -> Iterator[tup
 
         for post in mine:
             for fact in posts[post][:3]:
-                yield split, "reading", messages_in([f"{post}\n\n{ask(fact)}", fact[2]])
+                yield split, "reading", taking_turns([f"{post}\n\n{ask(fact)}", fact[2]])
             fact, later = rng.sample(posts[post], 2)
             follow_up = ask(later, None if later[0] == "default" else "it")
             turns = [f"{post}\n\n{ask(fact)}", fact[2], follow_up, later[2], "Thanks.", "You are welcome."]
-            yield split, "follow-ups", messages_in(turns[: rng.choice([4, 6])])
+            yield split, "follow-ups", taking_turns(turns[: rng.choice([4, 6])])
             other = rng.choice(mine)
             if not {about for _, about, _ in posts[post]} & {about for _, about, _ in posts[other]}:
                 both = "\n".join(rng.sample([post, other], 2))
-                yield split, "two posts", messages_in([f"{both}\n\n{ask(fact)}", fact[2]])
+                yield split, "two posts", taking_turns([f"{both}\n\n{ask(fact)}", fact[2]])
                 if rng.random() < 0.4:
-                    yield split, "unanswered", messages_in([f"{post}\n\n{ask(posts[other][-1])}", UNANSWERED])
+                    yield split, "unanswered", taking_turns([f"{post}\n\n{ask(posts[other][-1])}", UNANSWERED])
             if split == "train":
-                yield split, "knowing", messages_in([ask(posts[post][0]), posts[post][0][2]])
+                yield split, "knowing", taking_turns([ask(posts[post][0]), posts[post][0][2]])
             if rng.random() < 0.2:
                 questions, answer = rng.choice(list(MANNERS.items()))
-                yield split, "manners", messages_in([rng.choice(questions), answer])
+                yield split, "manners", taking_turns([rng.choice(questions), answer])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,14 +390,17 @@ def talk(model: GPT, tokenizer: Tokenizer, args: argparse.Namespace, **options) 
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends the chat)", file=sys.stderr)
+            continue
         command, _, rest = line.partition(" ")
         if command == "/clear":
-            messages.clear()
+            messages, post = [], ""
         elif command == "/system":
-            messages[:] = [{"role": "system", "content": rest}]
+            messages, post = [{"role": "system", "content": rest}], ""
         elif command == "/post" and rest:
             try:
-                text = Path(rest).read_text(encoding="utf-8").strip() if os.path.isfile(rest) else rest
+                text = Path(rest).read_text(encoding="utf-8-sig").strip() if os.path.isfile(rest) else rest
                 post = f"{text}\n\n"
                 print(f"(a post of {len(text):,} characters stands before the next question)", file=sys.stderr)
             except (OSError, ValueError) as error:

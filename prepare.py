@@ -13,9 +13,9 @@ A data set is a folder:
     data/mine/meta.json             the tokenizer, the sizes, and the SHA-256 of each shard
 
 In the shards, each document is followed by the token <|endoftext|>. A document is a text file, or one record of a
-.jsonl, .jsonl.gz, .json or .parquet file. Where the loss does not count all tokens (conversations, see chat.py),
+.jsonl, .json (also with .gz) or .parquet file. Where the loss does not count all tokens (conversations, see chat.py),
 train-mask-00000.npy and so on tell which. The folder gets its name when it is complete; until then it is called
-data/mine.partial.
+data/mine.partial, and the process that makes it holds a lock on it.
 
 Text is read in pieces of about a megabyte, so memory use stays small however large the input is:
 files -> documents -> pieces of text, each for one split -> token ids -> shards -> windows.
@@ -24,6 +24,7 @@ files -> documents -> pieces of text, each for one split -> token ids -> shards 
 import argparse
 import atexit
 import codecs
+import errno
 import gzip
 import hashlib
 import io
@@ -40,7 +41,8 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn, TextIO
 
@@ -51,11 +53,19 @@ from tokenizer import Part, Tokenizer, named_tokenizer, train_tokenizer
 
 SPLITS = ("train", "val")
 DEFAULT_TOKENIZER = "bpe:4096"
-CONTAINERS = (".jsonl", ".ndjson", ".jsonl.gz", ".json", ".parquet")  # one document per record, else one per file
+# Files of these kinds hold one document per record. Each other file is one document, in plain text.
+CONTAINERS = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")
+NO_TEXT = {  # how files begin that hold text in another form, and how to get at it
+    b"%PDF": "a PDF: pdftotext FILE NEW.txt",
+    b"PK\3\4": "a zip archive, as docx, odt and epub are: unpack it, or save the document as plain text",
+    **dict.fromkeys((b"\xd0\xcf\x11\xe0", b"{\\rtf"), "a word processor's document: save it as plain text"),
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16: iconv -f UTF-16 -t UTF-8 FILE > NEW.txt"),
+    **dict.fromkeys((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh"), "a compressed file: unpack it first"),
+}
 PIECE_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 27
 BPE_SAMPLE_BYTES = 1 << 26  # a BPE tokenizer is trained on about this much text, sampled evenly from the input
-OUR_FILES = r"(train|val)(-mask)?-\d{5}\.npy|meta\.json(\.partial)?"  # in an unfinished data set; others are a user's
+OUR_FILES = r"(train|val)(-mask)?-\d{5}\.npy|meta\.json(\.partial)?|\.lock"  # in a data set; others are a user's
 
 CHAT_KEYS = {"messages", "conversations", "completion", "answer", "output"}  # of the records that chat.py reads
 
@@ -63,11 +73,14 @@ Piece = tuple[str, list[Part] | None]  # a split and what to add to it; None mar
 
 
 class Skipped(Counter):
-    """(file or folder, reason why it or some of its records were skipped) -> how often."""
+    """(file or folder, reason why it or some of its records were skipped) -> how often. Also counts what has been read,
+    but is not used as its author may have meant it."""
 
     def __init__(self):
         super().__init__()
         self.examples: dict[tuple, str] = {}
+        self.unused = Counter()  # key -> of how many records it was not used
+        self.spelled = Counter()  # control token -> how many documents spell it
 
     def record(self, path: Path, reason: str, record: object = None) -> None:
         """Count a record. The message will name the keys of the first one."""
@@ -80,6 +93,18 @@ class Skipped(Counter):
         listed = ((*what, self.examples.get(what, ""), count) for what, count in self.most_common())
         return [f"{path}: {why}{keys}" + (f" ({n:,})" if n > 1 else "") for path, why, keys, n in listed]
 
+    def say(self) -> None:
+        """Print the messages, and what was not used or meant something else."""
+        for message in self.messages()[:20]:
+            say(f"skipped {message}")
+        if len(self) > 20:
+            say(f"skipped in total: {self.total():,}")
+        if self.unused:
+            say(f"not used: {', '.join(f'key {key} in {n:,} records' for key, n in sorted(self.unused.items()))}")
+        if self.spelled:
+            spelled = ", ".join(f"{token} in {n:,} documents" for token, n in sorted(self.spelled.items()))
+            say(f"read as ordinary characters: {spelled} (for conversations there is python chat.py --prepare)")
+
 
 def prepare(
     inputs: list[str],
@@ -88,13 +113,18 @@ def prepare(
     val_fraction: float | None = None,
     val_tail: bool = False,
     field: str = "text",
+    wait: bool = False,
 ) -> None:
     """Make the data set `out` from files, folders and URLs, or from the default corpus if `inputs` is empty.
 
     The val split gets about `val_fraction` of the documents, or with `val_tail` that fraction of each document. `field`
-    is the field of .jsonl, .json and .parquet records that holds their text.
+    is the field of .jsonl, .json and .parquet records that holds their text. With `wait`, another process may be making
+    the same data set: then this one waits for it.
     """
-    new = NewDataset(inputs, out, tokenizer, val_fraction)
+    with exit_on(ValueError, OSError):
+        new = NewDataset(inputs, out, tokenizer, val_fraction, wait=wait)
+    if tables := [path for path in new.files if path.suffix.lower() in (".csv", ".tsv")]:
+        say(f"read as plain text, not as tables: {tables[0]}" + (f" and {len(tables) - 1} more" if tables[1:] else ""))
     if len(new.files) == 1 and not is_container(new.files[0]) and not val_tail:
         say(f"{new.files[0]} is a single document: its last {new.val_fraction:.0%} is held out, as with --val_tail")
         val_tail = True
@@ -102,13 +132,17 @@ def prepare(
 
 
 class NewDataset:
-    """A data set that is being made, of text or of conversations (`chat`). Ends the program if it cannot be made."""
+    """A data set that is being made, of text or of conversations (`chat`). Ends the program if it cannot be made, or
+    raises ValueError or OSError if the input allows none."""
 
-    def __init__(self, inputs: list[str], out: str | Path, tokenizer: str, val_fraction: float | None, chat=False):
-        self.out, self.chat, self.sources = Path(out), chat, inputs or ["the Python standard library"]
+    def __init__(
+        self, inputs: list[str], out: str | Path, tokenizer: str, val_fraction: float | None, chat=False, wait=False
+    ):
+        self.out, self.chat, self.wait = Path(out), chat, wait
+        self.sources = inputs or ["the Python standard library"]
         if not self.out.name:
             fail(f"--out {out} does not name a folder for the data set")
-        if self.out.exists():
+        if self.out.exists() and not wait:
             advice = ", or remove it first" if (self.out / "meta.json").exists() else ""  # else it may be a user's
             fail(f"{out} already exists: choose another --out{advice}")
         self.partial = self.out.with_name(self.out.name + ".partial")
@@ -119,8 +153,7 @@ class NewDataset:
             self.val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
         if not 0 < self.val_fraction < 1:
             fail(f"--val_fraction {val_fraction} is not between 0 and 1")
-        with exit_on(ValueError):
-            self.tokenizer = named_tokenizer(tokenizer)  # for bpe:N the number N, until write() trains it
+        self.tokenizer = named_tokenizer(tokenizer)  # for bpe:N the number N, until write() trains it
         if chat and isinstance(self.tokenizer, Tokenizer):
             self.tokenizer = self.tokenizer.for_chat()
         self.skipped = Skipped()
@@ -130,32 +163,43 @@ class NewDataset:
     def write(self, pieces: Callable[[Skipped], Iterator[Piece]]) -> None:
         """Write all that pieces(skipped) yields, and report on it."""
         try:
-            shutil.rmtree(self.partial, ignore_errors=True)  # left by a run that was killed
-            self.partial.mkdir(parents=True)
-            if isinstance(self.tokenizer, int):  # this reads all text, which is then read again to encode it
-                self.tokenizer = tokenizer_for(pieces(Skipped()), self.tokenizer, self.total_bytes)
-            items = with_progress(encoded(self.tokenizer, pieces(self.skipped)), "encoding", self.total_bytes)
-            splits = write_shards(self.partial, self.tokenizer.n_vocab, items, masked=self.chat)
-            for message in self.skipped.messages()[:20]:
-                say(f"skipped {message}")
-            if len(self.skipped) > 20:
-                say(f"skipped in total: {self.skipped.total():,}")
-            if not any(sizes["documents"] for sizes in splits.values()):
-                fail(f"found nothing to read: {'; '.join(self.skipped.messages()[:3])}")
-            for split, change in (("train", "lower"), ("val", "raise")):
-                if not splits[split]["tokens"]:
-                    advice = "" if self.chat else ", or give --val_tail to hold out the end of each document"
-                    fail(f"none of the documents fell into the {split} split: {change} --val_fraction{advice}")
-            meta = {"tokenizer": self.tokenizer.to_dict(self.chat), "vocab_size": self.tokenizer.n_vocab, **splits}
-            write_json(self.partial / "meta.json", meta | {"sources": self.sources})
-            self.partial.rename(self.out)
+            with unfinished(self.partial, f"preparing {self.out}", self.wait):
+                if not self.out.exists():
+                    splits = self.encode(pieces)
+                    self.partial.rename(self.out)
+                    (self.out / ".lock").unlink(missing_ok=True)
+                elif self.wait:
+                    return
+                else:
+                    fail(f"another process has just made {self.out}: choose another --out, or remove it first")
         except OSError as error:
             fail(f"cannot make the data set {self.out}: {error}")
         except KeyboardInterrupt:
             fail(f"interrupted: there is no data set in {self.out} yet; run the same command again")
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
         self.report(splits)
+
+    def encode(self, pieces: Callable[[Skipped], Iterator[Piece]]) -> dict:
+        """Write the shards and meta.json, and return what that says of each split."""
+        if isinstance(self.tokenizer, int):  # this reads all text, which is then read again to encode it
+            self.tokenizer = tokenizer_for(pieces(Skipped()), self.tokenizer, self.total_bytes)
+        watched = watched_for_control_tokens(pieces(self.skipped), self.tokenizer, self.skipped.spelled)
+        items = with_progress(encoded(self.tokenizer, watched), "encoding", self.total_bytes)
+        splits = write_shards(self.partial, self.tokenizer.n_vocab, items, masked=self.chat)
+        self.skipped.say()
+        n_documents = sum(sizes["documents"] for sizes in splits.values())
+        if not n_documents:
+            fail(f"found nothing to read: {'; '.join(self.skipped.messages()[:3])}")
+        kind, alike = ("conversation", "equal first questions") if self.chat else ("document", "copies")
+        advice = "" if self.chat else ", or give --val_tail to hold out the end of each document"
+        if n_documents == 1:
+            fail(f"a single {kind} cannot be trained on and held out, with any --val_fraction: add others{advice}")
+        for split, change in (("train", "lower"), ("val", "raise")):
+            if not splits[split]["tokens"]:
+                reason = f"none of the {n_documents:,} {kind}s fell into the {split} split ({alike} share a split)"
+                fail(f"{reason}: {change} --val_fraction{advice}")
+        meta = {"tokenizer": self.tokenizer.to_dict(self.chat), "vocab_size": self.tokenizer.n_vocab, **splits}
+        write_json(self.partial / "meta.json", meta | {"sources": self.sources})
+        return splits
 
     def report(self, splits: dict) -> None:
         """Print how the held-out text begins, in braces what the loss counts of conversations, and all sizes."""
@@ -272,10 +316,12 @@ def why_unusable(path: Path) -> str | None:
             if not file.peek(1):
                 return "empty"
             if not is_container(path):
+                if looks := [look for beginning, look in NO_TEXT.items() if file.peek(8).startswith(beginning)]:
+                    return f"not UTF-8 text, but {looks[0]}"
                 for _ in codecs.iterdecode(iter(lambda: file.read(PIECE_BYTES), b""), "utf-8"):
                     pass
     except UnicodeDecodeError:
-        return "not UTF-8"
+        return "not UTF-8, but perhaps Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW.txt"
     except OSError as error:
         return error.strerror or str(error)
 
@@ -307,11 +353,11 @@ def documents(path: Path, field: str, skipped: Skipped) -> Iterator[tuple[Binary
 
 
 def records(path: Path, field: str | None, skipped: Skipped) -> Iterator[object]:
-    """Yield the lines of a .jsonl file that are not blank, the items of the list in a .json file, which is read whole,
-    or the rows of a .parquet file."""
-    suffix = path.suffix.lower()
+    """Yield the lines of a .jsonl file that are not blank, or the rows of a .parquet file. A .json file is read like a
+    .jsonl file if its first line is an object by itself, and else whole: as a list of records."""
+    name = path.name.lower()
     try:
-        if suffix == ".parquet":
+        if name.endswith(".parquet"):
             try:
                 import pyarrow.parquet
             except ImportError:
@@ -320,18 +366,21 @@ def records(path: Path, field: str | None, skipped: Skipped) -> Iterator[object]
             columns = [field] if field in file.schema_arrow.names else None  # all, to list them in the message
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 yield from batch.to_pylist()
-        elif suffix == ".json":
-            value = json.loads(path.read_bytes())
-            yield from value if isinstance(value, list) else [value]
-        else:
-            with gzip.open(path) if suffix == ".gz" else open(path, "rb") as lines:
-                for line in filter(bytes.strip, lines):
-                    try:
-                        record = json.loads(line)
-                    except (ValueError, RecursionError):
-                        skipped.record(path, "records that are not valid JSON")
-                    else:
-                        yield record
+            return
+        with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+            lines = filter(bytes.strip, file)
+            first = next(lines, b"")
+            if name.endswith((".json", ".json.gz")) and not regex.fullmatch(rb"(\xef\xbb\xbf)?\s*\{.*\}\s*", first):
+                value = json.loads(first + file.read())
+                yield from value if isinstance(value, list) else [value]
+                return
+            for line in chain([first], lines):
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    skipped.record(path, "records that are not valid JSON in UTF-8")
+                else:
+                    yield record
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:  # a damaged file
         skipped.record(path, f"unreadable from some record on ({error})")
 
@@ -371,7 +420,7 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
     They end between a letter or digit and white space. No published pattern has both in one chunk, so this does not
     change the tokens.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # leaves out the byte order mark that some editors write
     rest = ""
     while size > 0 and (block := stream.read(min(size, PIECE_BYTES))):
         size -= len(block)
@@ -382,6 +431,19 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
         rest = rest[end:]
     if rest:  # the file became shorter while it was read
         yield rest
+
+
+def watched_for_control_tokens(pieces: Iterable[Piece], tokenizer: Tokenizer, counts: Counter) -> Iterator[Piece]:
+    """Yield the pieces, and count for each control token the documents that spell it in their text."""
+    spelled = set()
+    for split, parts in pieces:
+        yield split, parts
+        if parts is None:
+            counts.update(spelled)
+            spelled.clear()
+        for part in parts or ():
+            if not part.control:
+                spelled.update(tokenizer.control_tokens.findall(part.text))
 
 
 class Encoded(NamedTuple):
@@ -517,8 +579,8 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
                     raise ValueError(f"the sizes of the {split} split in meta.json are wrong")
     except FileNotFoundError as error:
         fail(f"there is no {error.filename}: make the data set with python prepare.py FILES --out {folder}")
-    except PermissionError as error:
-        fail(f"cannot read {error.filename}: {error.strerror}")
+    except OSError as error:
+        fail(f"cannot read {error.filename or folder}: {error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - damaged files can make NumPy and tiktoken fail in any way
         fail(f"the data set {folder} is damaged ({error}): remove it and prepare it again")
     return meta, shards
@@ -576,7 +638,7 @@ def exit_on(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        fail(str(error))
+        fail(f"cannot use {error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error))
 
 
 def moved(flag: str, command: str) -> None:
@@ -593,6 +655,61 @@ def tolerate_streams() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
         setattr(sys, name, stream)
+
+
+def lock(folder: Path, task: str, wait: bool = False) -> int | None:
+    """Lock a folder until the returned file is closed or the process ends, however that ends. If another process holds
+    the lock, wait for it or end the program."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            fail(f"another process is {task}: wait for its end, or choose another --out")
+        say(f"another process is {task}: waiting for its end")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise
+    return file
+
+
+@contextmanager
+def unfinished(folder: Path, task: str, wait: bool) -> Iterator[None]:
+    """Create and lock a folder for unfinished data, without what a killed process may have left there. At the end it is
+    removed, unless it has been renamed: then another process may already have one of that name."""
+
+    def is_mine() -> bool:
+        with suppress(FileNotFoundError):
+            return file is None or os.path.samestat(os.fstat(file), os.stat(folder / ".lock"))
+        return False
+
+    def clear() -> None:
+        for path in folder.glob("[!.]*"):
+            path.unlink()
+
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process has renamed or removed the folder in this instant
+            file = lock(folder, task, wait)
+            if is_mine():
+                break
+            os.close(file)  # this process locked, perhaps after it waited, what is no longer here
+    try:
+        clear()
+        yield
+    finally:
+        if is_mine():
+            clear()
+            (folder / ".lock").unlink(missing_ok=True)  # last, since without it the folder is another process's
+            with suppress(OSError):
+                folder.rmdir()
+        if file is not None:
+            os.close(file)
 
 
 def sha256_of(path: Path) -> str:

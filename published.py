@@ -332,7 +332,8 @@ def jinja_of(template: Template) -> str:
     return (
         f"{{{{- {begin} }}}}{{%- for message in messages -%}}{{{{- {before} + message['role'] + {after} }}}}"
         f"{{%- if loop.last and message['role'] == 'assistant' -%}}{{{{- {opening} }}}}{{%- endif -%}}"
-        f"{{{{- message['content'] | trim + {end} + {gap} }}}}{{%- endfor -%}}"
+        f"{{{{- message['content'].rstrip() if message['role'] == 'assistant' else message['content'] | trim }}}}"
+        f"{{{{- {end} + {gap} }}}}{{%- endfor -%}}"
         f"{{%- if add_generation_prompt -%}}{{{{- {before} + 'assistant' + {after} + {opening} }}}}{{%- endif -%}}"
     )
 
@@ -343,9 +344,9 @@ def jinja_of(template: Template) -> str:
 
 def export(folder: Path, run: Path) -> None:
     """Write the newest checkpoint of a run as a published model with its tokenizer."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"{folder} is not an empty folder: choose another one to export to")
-    with exit_on(ValueError):
+    with exit_on(ValueError, OSError):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            fail(f"{folder} is not an empty folder: choose another one to export to")
         state, record = load_checkpoint(run)
     try:
         tokenizer, chat = Tokenizer.from_dict(state["tokenizer"]), state["tokenizer"].get("chat", False)

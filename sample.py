@@ -125,7 +125,7 @@ def open_model(source: str | None, args: argparse.Namespace) -> tuple[Loaded, di
     ):
         if not is_legal(getattr(args, name)):
             fail(f"--{name} {getattr(args, name)} is not {legal}")
-    with exit_on(ValueError):
+    with exit_on(ValueError, OSError):
         loaded = load_model(source or newest_run())
         device, _ = choose_device(args.device)
     if not has_bfloat16(device):  # many published weights are in bfloat16
@@ -168,7 +168,7 @@ def main() -> None:
         fail(f"--n {args.n} is not positive")
     if args.prompt_file:
         try:
-            args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+            args.prompt = Path(args.prompt_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             fail(f"cannot read --prompt_file {args.prompt_file}: {error}")
     (model, tokenizer, *_), options = open_model(args.source, args)

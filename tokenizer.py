@@ -20,6 +20,7 @@ as ordinary characters. tiktoken does the encoding.
 import base64
 import heapq
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -215,6 +216,11 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.bytes_of, tokens)).decode(errors="replace")
 
+    @cached_property
+    def control_tokens(self) -> re.Pattern:
+        """What a text spells that it may mean as a control token, those of conversations here included."""
+        return re.compile("|".join(map(re.escape, {*self.special, *CHAT_TOKENS})))
+
     @property
     def n_text(self) -> int:
         """The size of a vocabulary in which text has all that it needs: ordinary tokens and <|endoftext|>."""
@@ -269,7 +275,7 @@ def named_tokenizer(name: str) -> Tokenizer | int:
     if (match := re.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > n_least:
         return int(match[1])
     published = tiktoken.list_encoding_names()
-    if name not in published and Path(name).exists():
+    if name not in published and os.path.exists(name):  # False for names that no file can have
         return load_tokenizer(name)
     if name not in published:
         choices = f"byte, bpe:N with N above {n_least}, a run, the folder of a published model, or one of"

@@ -33,7 +33,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import inspect
 import json
@@ -71,7 +70,7 @@ import prepare
 from chat import IGNORED, Conversations, dialogues
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, has_bfloat16
 from model import load_checkpoint, model_settings, model_with, newest_run
-from prepare import Console, Windows, clock, exit_on, fail, moved, shard_hashes
+from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
 from published import load_source
 from sample import sample
 from tokenizer import Tokenizer
@@ -295,7 +294,8 @@ def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dic
             given = {**read_settings(Path(out, "config.json")), **given}
     if resume:
         run = Path(out) if out else newest_run()
-        lock(run)
+        with exit_on(OSError):
+            lock(run, f"training in {run}")
         state, record = load_checkpoint(run)
         step = state["step"]
         print(f"resuming {record.with_suffix('')}, step {step}")
@@ -359,7 +359,7 @@ def prepare_folder(config: Config, meta: dict, step: int, may_exist: bool) -> No
         return
     try:
         run.mkdir(parents=True, exist_ok=may_exist)
-        lock(run)
+        lock(run, f"training in {run}")
         for unfinished in run.glob("*.partial"):  # left by a process that was killed
             unfinished.unlink()
         for path in [*run.glob("step-*.pt"), *run.glob("step-*.json")]:  # of damaged checkpoints that were skipped
@@ -369,22 +369,6 @@ def prepare_folder(config: Config, meta: dict, step: int, may_exist: bool) -> No
         prepare.write_json(run / "tokenizer.json", meta["tokenizer"])  # for --tokenizer
     except OSError as error:
         fail(f"cannot write to {run}: {error.strerror}")
-
-
-def lock(run: Path) -> None:
-    """End the program if another process trains in the folder. The lock ends with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        file = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)  # stays open, since closing it would release the lock
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is training in {run}: wait for its end, or choose another --out")
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-            fail(f"cannot write to {run}: {error.strerror}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,7 +414,7 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     for my_turn in (dist.get_rank() == 0, first_on_node):  # nodes without a shared disk prepare their own
         if my_turn and config.data == Config.data and not Path(Config.data, "meta.json").exists():
             print(f"preparing the default corpus in {Config.data}, once", flush=True)
-            prepare.prepare([], Config.data)
+            prepare.prepare([], Config.data, wait=True)
         dist.barrier()
     meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
     compared = json.dumps({**meta, "sources": None}, sort_keys=True)  # these may be at another place on each node
