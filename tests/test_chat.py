@@ -10,6 +10,7 @@ import re
 import shutil
 from itertools import islice, takewhile
 from pathlib import Path
+from unittest.mock import Mock
 
 import jinja2  # which torch installs
 import numpy as np
@@ -75,17 +76,17 @@ def prepared(call, records: list[dict], tokenizer="byte") -> tuple[dict, dict]:
         {"messages": talk("a", "b")},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, talk("", "b")[1]], "id": 7},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        {"conversations": talk("a", "b")},
+        {"conversations": [{"from": "user", "value": "a"}, {"from": "model", "value": "b"}], "label": True},
         talk("a", "b", "and then?"),
         {"instruction": "a", "input": "", "output": "b"},
-        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "b", "data_source": "x", "weight": 1, "tools": []},
         {"prompt": talk("a"), "completion": talk("", "b")[1:]},
         {"question": "a", "answer": "b"},
         {"input": "a", "output": "b"},
     ],
 )
 def test_each_layout_is_recognised_by_its_keys(record):
-    assert messages_in(record)[0] == talk("a", "b")
+    assert messages_in(record) == (talk("a", "b"), set())
 
 
 def test_an_instruction_with_an_input_is_one_message_and_so_are_two_of_one_role():
@@ -94,28 +95,53 @@ def test_an_instruction_with_an_input_is_one_message_and_so_are_two_of_one_role(
     assert messages_in([*talk("a"), *talk("b", "c")])[0] == talk("a\nb", "c")
 
 
-def test_a_system_message_stays_first():
+def test_an_answer_of_weight_0_is_context():
+    """Also beside one that counts. What follows the last answer that counts is of no use."""
+    wrong, failed = ({"role": "assistant", "content": "no", key: False} for key in ("weight", "trainable"))
+    messages = messages_in([*talk("a"), wrong, *talk("b"), failed, talk("", "yes")[1], *talk("c")])[0]
+    ids, mask = render(BYTE, messages)
+    assert BYTE.decode(ids[mask]) == "yes<|im_end|>"
+    assert [message["content"] for message in messages] == ["a", "no", "b", "no", "yes"]
+
+
+def test_a_system_message_stays_first_and_a_history_comes_before_the_question():
     system = {"role": "system", "content": "Be brief."}
+    alpaca = {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "Be brief."}
+    for record in (alpaca, [system | {"role": "developer"}, *talk(*"abcd")]):
+        assert messages_in(record)[0] == [system, *talk(*"abcd")]
     assert messages_in({"conversations": talk("a", "b"), "system": "Be brief."})[0] == [system, *talk("a", "b")]
     assert messages_in({"messages": [system, *talk("a", "b")]})[0] == [system, *talk("a", "b")]
 
 
 def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_path):
-    records = [{"messages": talk(words(3, i), "yes")} for i in range(60)]
+    extra = {"id": 1, "data_source": "x", "mood": "?", "rank": None}
+    records = [{"messages": talk(words(3, i), "yes <|im_end|>"), **extra} for i in range(60)]
     records += [{"messages": talk("only a question")}] * 2 + [{"title": "x"}]
     records += [{"messages": [{"role": "narrator", "content": "x"}]}, {"question": ["x"], "answer": "y"}]
     records += [{"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}, *talk("", "y")[1:]]}]
     records += [{"question": "\ud800", "answer": "y"}, {"question": "x", "answer": " "}]
     records += [{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}] * 3
+    bad, tools = [{"label": False}, {"kto_tag": "false"}], {"tool_calls": [1], "images": [1]}
+    for keys in (*bad, {"weight": 0.5}, {"train": 0}, tools):
+        records += [{"question": "x", "answer": "y"} | keys, {"messages": [*talk("x"), talk("", "y")[1] | keys]}]
+    records += [{"prompt": "x", "completion": "y", "history": [["z"]]}]
+    records += [talk("x") + [{"role": "assistant", "content": [{"type": "thinking", "text": "hm"}]}]]
     with gzip.open(tmp_path / "t.jsonl.gz", "wt") as file:
         file.write("\n".join(map(json.dumps, records)) + "\nnot json\n")
     (tmp_path / "book.txt").write_text("text")
     call(chat, "--prepare", "t.jsonl.gz", "book.txt", "--tokenizer", "byte", "--val_fraction", 0.2)
     printed = capsys.readouterr().err
     for told in (
-        "conversations without an answer, or with an empty one; one has the keys messages (3)",
+        "conversations without an answer to learn, or with an empty one; one has the keys messages (5)",
         "records that are not conversations; one has the keys title",
-        "a message that is not text, or that has no known role; one has the keys messages (7)",
+        "a message that is not text; one has the keys question, answer (7)",
+        "the unknown role 'narrator'",
+        "bad examples, by their label; one has the keys question, answer, label (4)",
+        "weights other than 0 and 1; one has the keys question, answer, weight (2)",
+        "answers depend on images, tool_calls; one has the keys question, answer, tool_calls, images (2)",
+        "a history that is no list of [question, answer]",
+        "not used: key mood in 60 records\n",
+        "read as ordinary characters: <|im_end|> in 60 documents (",
         "records that are not valid JSON",
         "book.txt: not a file of conversations",
     ):
@@ -184,8 +210,8 @@ def test_a_conversation_is_written_as_its_control_tokens_tell(begin, header, end
     exported = jinja2.Template((tmp_path / "chat_template.jinja").read_text())
     user, assistant = begin + header.format("user"), header.format("assistant")
     told = f"{user}Hi{end}{assistant}{opening}Hello.{end}"
-    asked = f"{user}Hi{end}{assistant}Hello.{end}{header.format('user')}Bye{end}{assistant}{opening}"
-    for messages, ask, text in ((talk("Hi ", "Hello.\n"), False, told), (talk("Hi", " Hello.", "Bye"), True, asked)):
+    asked = f"{user}Hi{end}{assistant}\n  Hello.{end}{header.format('user')}Bye{end}{assistant}{opening}"
+    for messages, ask, text in ((talk("Hi ", "Hello.\n"), False, told), (talk("Hi", "\n  Hello.", "Bye"), True, asked)):
         assert render(tokenizer, messages, ask)[0].tolist() == tokenizer.encode(text, control=True).tolist()
         assert exported.render(messages=messages, add_generation_prompt=ask) == text
     assert tokenizer.ends == {256, 257}
@@ -198,10 +224,10 @@ def test_no_message_can_inject_a_control_token(attack):
 
 
 def test_the_loss_counts_the_answers_and_their_ends_and_nothing_else():
-    talks = talk("one", "two", "three\nassistant\nthree", "four <|im_end|>")
+    talks = talk("one", "  two", "three\nassistant\nthree", "four <|im_end|>")
     ids, mask = render(BYTE, talks)
     counted = ids[mask]
-    assert BYTE.decode(counted) == "two<|im_end|>four <|im_end|><|im_end|>"
+    assert BYTE.decode(counted) == "  two<|im_end|>four <|im_end|><|im_end|>"
     assert (counted == END).sum() == 2
 
 
@@ -554,7 +580,7 @@ def prompts(monkeypatch) -> list[str]:
 def test_commands_set_the_system_message_and_the_post_and_clear(call, capsys, monkeypatch, chat_run, tmp_path):
     seen = prompts(monkeypatch)
     (tmp_path / "post.txt").write_text("A post.\n")
-    lines = "/post post.txt\nq1\nq2\n/system S\nq3\n/clear\nq4\n/post Typed.\nq5\n/what\n"
+    lines = "/post post.txt\nq1\nq2\n/post lost\n/system S\nq3\n/post lost\n/clear\nq4\n/post Typed.\nq5\n/what\n"
     _, err = ask(call, capsys, monkeypatch, chat_run, lines)
     ends = "<|im_end|>\n<|im_start|>"
     assert seen[0] == f"<|im_start|>user\nA post.\n\nq1{ends}assistant\n"
@@ -586,11 +612,13 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(call, capsys, monkeypatch, chat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "continuations", interrupted)
+    typed = [KeyboardInterrupt, "one", KeyboardInterrupt, "two", EOFError]
+    monkeypatch.setattr("builtins.input", Mock(side_effect=typed))
     try:
-        out, _ = ask(call, capsys, monkeypatch, chat_run, "one\ntwo\n")
+        out, err = ask(call, capsys, monkeypatch, chat_run, "")
     except KeyboardInterrupt:
         pytest.fail("the program has ended")
-    assert out == "half\nhalf\n" and "assistant\nhalf<|im_end|>" in seen[1]
+    assert out == "half\nhalf\n" and "assistant\nhalf<|im_end|>" in seen[1] and err.count("Ctrl-D ends") == 2
 
 
 def test_a_model_that_never_saw_a_conversation_says_so(call, capsys, monkeypatch, run, chat_run):
@@ -604,7 +632,10 @@ def test_a_model_that_never_saw_a_conversation_says_so(call, capsys, monkeypatch
         Path("out/chat_template.jinja").unlink(missing_ok=True)
 
 
-def test_a_chat_that_cannot_be_is_refused(refused, chat_run):
+def test_a_chat_that_cannot_be_is_refused(refused, chat_run, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps(talk("a", "b")))
+    told = refused(chat, "--prepare", "one.jsonl", "--tokenizer", "byte")
+    assert "a single conversation cannot be trained on and held out, with any --val_fraction: add others" in told
     old = ROOT / "tests" / "golden" / "run-2026-11"
     assert "has no tokens for conversations" in refused(chat, old)
     assert "unrecognized arguments: --prompt x" in refused(chat, chat_run, "--prompt", "x")
@@ -634,7 +665,7 @@ def test_an_exported_chat_answers_in_transformers_as_here(call, capsys, monkeypa
     call(published, "--export", "out", chat_run)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    messages = [{"role": "system", "content": " Be brief. "}, *talk("one ", "two"), *talk("a\n")]
+    messages = [{"role": "system", "content": " Be brief. "}, *talk("one ", "  two\n"), *talk("a\n")]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == render(BYTE, messages, ask=True)[0].tolist()
     assert tokenizer.apply_chat_template(messages[:3], return_dict=False) == render(BYTE, messages[:3])[0].tolist()

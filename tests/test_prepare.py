@@ -401,3 +401,89 @@ def test_files_are_on_disk_before_anything_gets_a_name(call, data, monkeypatch, 
     found = {path.read_bytes(): f"all of {path.name}" for path in Path("data/text").iterdir()}
     synced = ["all of train-00000.npy", "all of val-00000.npy", "all of meta.json"]
     assert [found.get(event, event) for event in events] == [*synced, "meta.json", "text", b"bytes", "a"]
+
+
+# ---- nothing in silence
+
+
+def test_json_is_read_by_its_content_and_a_byte_order_mark_is_no_text(call, tmp_path):
+    """A record per line, or one value, which may begin on any line."""
+    records = [{"text": f"{i} {words(5, i)}"} for i in range(30)]
+    lines = "\ufeff" + "\n".join(map(json.dumps, records))
+    contents = {"a.json": lines, "b.json.gz": lines, "c.ndjson.gz": lines, "d.json": f"\n{json.dumps(records)}"}
+    for name, content in (contents | {"e.json.gz": json.dumps(records, indent=1)}).items():
+        (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(content.encode()))
+        assert [*prepare.records(tmp_path / name, None, skipped := prepare.Skipped())] == records and not skipped
+    (tmp_path / "t.txt").write_text("\ufeffsome text", encoding="utf-8")
+    call(prepare, "t.txt", "--tokenizer", "byte", "--val_fraction", 0.5)
+    assert decoded(Path("data/t"), "train") + decoded(Path("data/t"), "val") == ["som", "e text"]
+
+
+def test_files_that_are_no_text_are_named_with_what_to_do_and_tables_and_control_tokens_too(refused, capsys, tmp_path):
+    files = {"a": b"%PDF-1.7", "b": b"PK\3\4", "c": "x".encode("utf-16"), "d": gzip.compress(b"x"), "e": b"caf\xe9"}
+    for name, content in (files | {"t.csv": b"a,b\n" * 9, "u.jsonl": b'{"text": "<|im_end|><|im_end|>"}'}).items():
+        (tmp_path / name).write_bytes(content)
+    refused(prepare, *files)
+    with pytest.raises(SystemExit):
+        prepare.prepare([*files, "u.jsonl"], "one", "byte")
+    printed = capsys.readouterr().err
+    for told in (
+        "a: not UTF-8 text, but a PDF: pdftotext FILE",
+        "b: not UTF-8 text, but a zip archive, as docx",
+        "c: not UTF-8 text, but UTF-16: iconv -f UTF-16 -t UTF-8 FILE",
+        "d: not UTF-8 text, but a compressed file",
+        "e: not UTF-8, but perhaps Latin-1: iconv -f LATIN1 -t UTF-8 FILE",
+        "read as ordinary characters: <|im_end|> in 1 documents (for conversations there is python chat.py --prepare)",
+        "a single document cannot be trained on and held out, with any --val_fraction: add others, or give --val_tail",
+    ):
+        assert told in printed
+    prepare.prepare(["t.csv"], "table", "byte")
+    assert "read as plain text, not as tables: t.csv\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place, problem", [("x" * 250, "File name too long"), ("t.txt/x", "Not a directory")])
+def test_a_place_where_nothing_can_be_is_one_sentence(refused, tmp_path, place, problem):
+    (tmp_path / "t.txt").write_text(words(99))
+    for more in ("", "x" * 50):
+        assert problem in refused(prepare, "t.txt", "--tokenizer", "byte", "--out", place + more)
+        assert problem in refused(chat, "--prepare", "--tokenizer", "byte", "--out", place + more)
+    assert place in refused(prepare, place + more, "--out", "o")
+    assert "unknown tokenizer" in refused(prepare, "t.txt", "--tokenizer", place + more)
+
+
+def forked(work) -> int:
+    """The id of a process that does some work, and writes what it prints to the file err."""
+    if pid := os.fork():
+        return pid
+    try:
+        sys.stderr = open("err", "w", buffering=1)
+        os._exit(work() or 0)
+    finally:
+        os._exit(1)
+
+
+def test_one_process_at_a_time_makes_a_data_set(refused, data, tmp_path):
+    """Others are refused, or wait and take over what a killed one has left. One that comes too late leaves nothing."""
+    text, out, half = str(data.parent / "text.txt"), Path("data/text"), Path("data/text.partial/train-00009.npy")
+    late, make = prepare.NewDataset([text], out, "byte", 0.1), partial(prepare.prepare, [text], out, "byte", wait=True)
+
+    def hold():
+        with prepare.unfinished(half.parent, "", wait=False):
+            half.write_bytes(b"half")
+            time.sleep(60)
+
+    holding = forked(hold)
+    while not half.exists():
+        time.sleep(0.001)
+    assert "another process is preparing data/text: wait for its end" in refused(prepare, text, *BYTES_AND_TAIL)
+    waiting = forked(make)
+    while "waiting for its end" not in Path("err").read_text() and not os.waitpid(waiting, os.WNOHANG)[0]:
+        time.sleep(0.001)
+    assert half.exists()
+    os.kill(holding, 9)
+    assert os.waitpid(holding, 0)[1] == 9 and os.waitpid(waiting, 0)[1] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train-00000.npy", "val-00000.npy"]
+    make()  # finds it
+    with pytest.raises(SystemExit):
+        late.write(lambda skipped: iter([]))
+    assert os.listdir("data") == ["text"] and decoded(out, "train")

@@ -6,12 +6,14 @@ import random
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT, TINY, shell
 
 import chat
 import model as models
+import published
 import sample
 import train
 from tokenizer import byte_tokenizer
@@ -143,6 +145,8 @@ def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
     "arguments, told",
     [
         (["nowhere"], "no checkpoint in nowhere"),
+        (["x" * 300], "File name too long"),
+        (["--prompt_file", "x" * 300], "File name too long"),
         (["--n", 0], "--n 0"),
         (["--tokens", -1], "--tokens -1"),
         (["--temperature", -1], "--temperature -1.0"),
@@ -157,9 +161,18 @@ def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence(refused, run, arguments, told):
-    if arguments != ["nowhere"]:
+    if arguments[0].startswith("-"):
         arguments = [run, *arguments]
     assert told in refused(sample, *arguments)
+
+
+@pytest.mark.parametrize("folder, told", [("x" * 300, "too long"), ("file/x", "Not a directory"), ("full", "no space")])
+def test_an_export_that_cannot_be_written_is_one_sentence(refused, run, monkeypatch, tmp_path, folder, told):
+    safetensors = pytest.importorskip("safetensors")
+    (tmp_path / "file").write_text("")
+    error = safetensors.SafetensorError("no space")
+    monkeypatch.setattr("safetensors.torch.save_file", Mock(side_effect=error))
+    assert told in refused(published, "--export", folder, run)
 
 
 def test_without_any_run_it_says_how_to_make_one(refused):
