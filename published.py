@@ -1,18 +1,22 @@
-"""Published models: read and write folders in the layout of Hugging Face's transformers, which most tools understand.
+"""Published models: read and write folders in the layout of Hugging Face's transformers, which most tools understand,
+and write GGUF, the format of llama.cpp, Ollama and LM Studio.
 
     python published.py --export my_model runs/toy-1                    write a run's model, tokenizer included
+    python published.py --export my_model.gguf runs/toy-1               the same as a GGUF file
     python sample.py downloads/Qwen3-0.6B --prompt 'Once upon a time'   sample from a published model
     python train.py --init downloads/Qwen3-0.6B --data data/mine        or fine-tune it
 
 A folder holds config.json (the architecture's settings), model.safetensors (its weights) and tokenizer.json. Each
 family of models is one row of FAMILIES: a table from our names to theirs. What has no counterpart is refused by name,
-in both directions. Reading and writing model.safetensors needs `pip install safetensors`.
+in both directions. Reading and writing model.safetensors needs `pip install safetensors`, writing GGUF needs
+`pip install gguf`.
 """
 
 import argparse
 import json
 import re
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +26,8 @@ from torch import Tensor
 
 from model import GPT, GPT2, GPTConfig, empty_model, load_checkpoint, model_settings, model_with
 from prepare import exit_on, fail, write_json
-from tokenizer import END_OF_TEXT, Template, Tokenizer, load_tokenizer, to_tokenizer_json
+from tokenizer import DIGITS_PATTERN, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN
+from tokenizer import Template, Tokenizer, load_tokenizer, to_tokenizer_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading any model: a run of ours or a published folder
@@ -83,8 +88,9 @@ class Family:
     """How transformers names the settings and weights of an architecture."""
 
     architecture: str  # its class in transformers
+    gguf: str  # its name in llama.cpp
     base: dict  # our settings where its config.json says nothing
-    settings: dict[str, str]  # our setting: its name in config.json (several names, separated by spaces, get one value)
+    settings: dict[str, str]  # our setting: its name in config.json, or several that all get its value; the last counts
     modules: dict[str, str]  # our module: theirs, with * for the number of a layer or an expert
     required: dict  # settings that we have no switch for, and the only value that we can handle
     transposed: bool = False  # weight matrices in blocks are stored as [in, out]
@@ -100,6 +106,7 @@ LLAMA_SETTINGS = {
     "head_dim": "head_dim", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
     "activation": "hidden_act", "tied": "tie_word_embeddings",
 }
+QWEN3_SETTINGS = LLAMA_SETTINGS | {"n_layer": "max_window_layers num_hidden_layers"}
 LLAMA_MODULES = {
     "embedding": "model.embed_tokens",
     "blocks.*.attention_norm": "model.layers.*.input_layernorm",
@@ -124,10 +131,10 @@ LLAMA_REQUIRED = {"rope_type": "default", "type": "default", "sliding_window": N
 
 FAMILIES: dict[str, Family] = {  # by the model_type in config.json; export takes the first of the best matches
     "gpt2": Family(
-        "GPT2LMHeadModel",
+        "GPT2LMHeadModel", "gpt2",
         base=GPT2,
         settings={
-            "vocab_size": "vocab_size", "seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
+            "vocab_size": "vocab_size", "seq_len": "n_ctx n_positions", "n_layer": "n_layer", "n_head": "n_head",
             "n_embd": "n_embd", "n_inner": "n_inner", "norm_eps": "layer_norm_epsilon",
             "activation": "activation_function", "tied": "tie_word_embeddings",
         },
@@ -149,25 +156,25 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; export take
         transposed=True,
     ),
     "llama": Family(
-        "LlamaForCausalLM",
+        "LlamaForCausalLM", "llama",
         base={"qk_norm": False},
         settings=LLAMA_SETTINGS | {"bias": "attention_bias mlp_bias"},
         modules=LLAMA_MODULES,
         required=LLAMA_REQUIRED,
     ),
-    "qwen3": Family("Qwen3ForCausalLM", {}, LLAMA_SETTINGS, LLAMA_MODULES, LLAMA_REQUIRED),
+    "qwen3": Family("Qwen3ForCausalLM", "qwen3", {}, QWEN3_SETTINGS, LLAMA_MODULES, LLAMA_REQUIRED),
     "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
+        "Qwen3MoeForCausalLM", "qwen3moe",
         base={"renormalise": False},
-        settings=LLAMA_SETTINGS | {
-            "n_inner": "moe_intermediate_size", "n_expert": "num_experts num_local_experts",
+        settings=QWEN3_SETTINGS | {
+            "n_inner": "intermediate_size moe_intermediate_size", "n_expert": "num_experts num_local_experts",
             "n_expert_active": "num_experts_per_tok", "renormalise": "norm_topk_prob",
         },
         modules=LLAMA_MODULES,
         required=LLAMA_REQUIRED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     "mixtral": Family(
-        "MixtralForCausalLM",
+        "MixtralForCausalLM", "llama",
         base={"qk_norm": False, "n_expert": 8, "norm_eps": 1e-5, "rope_base": 1e6},
         settings=LLAMA_SETTINGS | {"n_expert": "num_local_experts", "n_expert_active": "num_experts_per_tok"},
         modules=LLAMA_MODULES | {
@@ -185,12 +192,12 @@ NOT_WEIGHTS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  
 ONLY_IN_TRAINING = ("dropout", "balance_loss", "router_z_loss")  # settings that do not change what a model computes
 
 
-def layout(family: Family, model: GPT) -> dict[str, list[str]]:
+def layout(modules: dict[str, str], model: GPT) -> dict[str, list[str]]:
     """{name of a tensor in their file: names of our parameters that are stacked in it}"""
     names = defaultdict(list)
     for name, _ in model.named_parameters():
         module, _, kind = name.rpartition(".")
-        theirs = family.modules[re.sub(r"\d+", "*", module)]
+        theirs = modules[re.sub(r"\d+", "*", module)]
         for number in re.findall(r"\d+", module):
             theirs = theirs.replace("*", number, 1)
         names[f"{theirs}.{kind}"].append(name)
@@ -253,7 +260,7 @@ def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     if config.tied:
         tensors.pop("lm_head.weight", None)  # some files store a tied head as well
     model = empty_model(config, len(tensors))
-    names = layout(family, model)
+    names = layout(family.modules, model)
     if missing := names.keys() - tensors.keys():
         raise ValueError(f"{folder} misses {min(missing)} and {len(missing) - 1} other tensors")
     if extra := tensors.keys() - names.keys():
@@ -284,6 +291,15 @@ def missing_in(family: Family, config: GPTConfig) -> list[str]:
     return [f.name for f in fields(GPTConfig) if getattr(nearest, f.name) != getattr(config, f.name)]
 
 
+def family_of(config: GPTConfig) -> tuple[str, Family]:
+    """The family that can express `config`, and its model_type. Raises ValueError if there is none."""
+    model_type = min(FAMILIES, key=lambda name: len(missing_in(FAMILIES[name], config)))
+    if missing := missing_in(FAMILIES[model_type], config):
+        listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
+        raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {listed}")
+    return model_type, FAMILIES[model_type]
+
+
 def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], ends: dict | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors for the family that can express `config`, with
     `ends` as the ids at which generation begins and stops. Raises ValueError if no family can. The inverse of
@@ -292,18 +308,15 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], 
         from safetensors.torch import save_file
     except ImportError:
         raise ValueError("writing model.safetensors needs safetensors: pip install safetensors") from None
-    model_type = min(FAMILIES, key=lambda name: len(missing_in(FAMILIES[name], config)))
-    family = FAMILIES[model_type]
-    if missing := missing_in(family, config):
-        listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
-        raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {listed}")
+    model_type, family = family_of(config)
     ends = ends or {"bos_token_id": None, "eos_token_id": None}
     theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32", **ends}
+    theirs |= {name: value for name, value in family.required.items() if name not in ("rope_type", "type")}
     for ours, names in family.settings.items():
         value = "gelu_new" if getattr(config, ours) == "gelu_tanh" else getattr(config, ours)
         theirs |= dict.fromkeys(names.split(), value)
     tensors = {}
-    for name, ours in layout(family, model_with(config, weights)).items():
+    for name, ours in layout(family.modules, model_with(config, weights)).items():
         tensor = torch.cat([weights[part] for part in ours])
         if family.is_transposed(tensor, ours[0]):
             tensor = tensor.T
@@ -315,11 +328,13 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], 
 
 
 def save_published_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool = False) -> None:
-    """Write tokenizer.json and tokenizer_config.json, and for a chat model its template."""
-    write_json(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
+    """Write tokenizer.json and tokenizer_config.json, and for a chat model its template. For others, each text begins
+    with <|endoftext|>, as in sample.py."""
+    write_json(folder / "tokenizer.json", to_tokenizer_json(tokenizer, begin=not chat))
     template = tokenizer.template if chat else None
     end = template.end if template else END_OF_TEXT
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": end}
+    names |= {"pad_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "add_bos_token": not chat}
     write_json(folder / "tokenizer_config.json", names)
     if template:
         (folder / "chat_template.jinja").write_text(jinja_of(template), encoding="utf-8")
@@ -339,31 +354,150 @@ def jinja_of(template: Template) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Writing GGUF
+
+GGUF_MODULES = {
+    "embedding": "token_embd",
+    "positions": "position_embd",
+    "blocks.*.attention_norm": "blk.*.attn_norm",
+    "blocks.*.attention.query": "blk.*.attn_q",
+    "blocks.*.attention.key": "blk.*.attn_k",
+    "blocks.*.attention.value": "blk.*.attn_v",
+    "blocks.*.attention.out": "blk.*.attn_output",
+    "blocks.*.attention.query_norm": "blk.*.attn_q_norm",
+    "blocks.*.attention.key_norm": "blk.*.attn_k_norm",
+    "blocks.*.mlp_norm": "blk.*.ffn_norm",
+    "blocks.*.mlp.gate": "blk.*.ffn_gate",
+    "blocks.*.mlp.up": "blk.*.ffn_up",
+    "blocks.*.mlp.down": "blk.*.ffn_down",
+    "blocks.*.mlp.router": "blk.*.ffn_gate_inp",
+    "blocks.*.mlp.experts.*.gate": "blk.*.ffn_gate_exps",  # all experts are stacked in one
+    "blocks.*.mlp.experts.*.up": "blk.*.ffn_up_exps",
+    "blocks.*.mlp.experts.*.down": "blk.*.ffn_down_exps",
+    "norm": "output_norm",
+    "head": "output",
+}
+GGUF_PATTERNS = {"llama-bpe": GPT4_PATTERN, "gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN, "qwen2": QWEN_PATTERN}
+GGUF_QKV = dict.fromkeys((f"blocks.*.attention.{name}" for name in ("query", "key", "value")), "blk.*.attn_qkv")
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens there
+
+
+def save_gguf(
+    path: Path, config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer, chat: bool, half: bool
+) -> None:
+    """Write a model with its tokenizer as one GGUF file, with `half` its matrices in float16. Raises ValueError, by
+    name, for what llama.cpp cannot express."""
+    try:
+        from gguf import GGUFWriter
+    except ImportError:
+        raise ValueError("writing GGUF needs gguf: pip install gguf") from None
+    _, family = family_of(config)
+    wanted = {"activation": "gelu_tanh" if family.gguf == "gpt2" else "silu", "renormalise": True}
+    for name, value in wanted.items():  # what its code does, whatever a file says
+        if getattr(config, name) != value and not (name == "renormalise" and config.n_expert is None):
+            raise ValueError(f"llama.cpp computes {family.gguf} with {name} {value}, not {getattr(config, name)}")
+    writer = GGUFWriter(path, family.gguf)
+    writer.add_name(path.stem)
+    writer.add_file_type(1 if half else 0)
+    writer.add_context_length(config.seq_len)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.n_inner)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    if config.norm == "layer":
+        writer.add_layer_norm_eps(config.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.position == "rope":
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_base)
+    if config.n_expert:
+        writer.add_expert_count(config.n_expert)
+        writer.add_expert_used_count(config.n_expert_active)
+        writer.add_expert_feed_forward_length(config.n_inner)
+
+    modules = GGUF_MODULES | (GGUF_QKV if family.gguf == "gpt2" else {})
+    for theirs, ours in layout(modules, model_with(config, weights)).items():
+        parts = [weights[name].float() for name in ours]
+        tensor = torch.stack(parts) if ".experts." in ours[0] else torch.cat(parts)
+        if family.gguf == "llama" and re.search(r"attn_[qk]\.", theirs):  # pairs of channels stand side by side there
+            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        if half and tensor.ndim > 1 and not re.search("position_embd|ffn_gate_inp", theirs):
+            tensor = tensor.half()
+        writer.add_tensor(theirs, tensor.contiguous().numpy())
+
+    plain = to_tokenizer_json(tokenizer)["model"]
+    tokens, kinds = [f"<|unused_{i}|>" for i in range(config.vocab_size)], [UNUSED] * config.vocab_size
+    for kind, ids in ((NORMAL, plain["vocab"]), (CONTROL, tokenizer.special)):
+        for text, i in ids.items():
+            if i < config.vocab_size:  # models of plain text can lack the control tokens of conversations
+                tokens[i], kinds[i] = text, kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(gguf_pattern(tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(plain["merges"] or ["ÿ ÿ"])  # there must be one: of a byte that no text has
+    writer.add_bos_token_id(tokenizer.end_of_text)
+    writer.add_eos_token_id(tokenizer.special[tokenizer.template.end] if chat else tokenizer.end_of_text)
+    writer.add_add_bos_token(not chat)  # the template of a chat begins it
+    if chat:
+        writer.add_chat_template(jinja_of(tokenizer.template))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_pattern(tokenizer: Tokenizer) -> str:
+    """The name in llama.cpp of the pattern that cuts text. Raises ValueError if there is none."""
+    for name, pattern in GGUF_PATTERNS.items():
+        if tokenizer.cuts_like(pattern):
+            return name
+    raise ValueError(f"llama.cpp has no name for the pattern of the tokenizer {tokenizer.name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def export(folder: Path, run: Path) -> None:
-    """Write the newest checkpoint of a run as a published model with its tokenizer."""
+def export(target: Path, run: Path, half: bool = False) -> None:
+    """Write the newest checkpoint of a run with its tokenizer, as a GGUF file if the name says so, else as a folder."""
+    is_gguf, partial = target.suffix == ".gguf", target.with_name(target.name + ".partial")
+    if half and not is_gguf:
+        fail("--half is for GGUF: name a file that ends with .gguf")
     with exit_on(ValueError, OSError):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            fail(f"{folder} is not an empty folder: choose another one to export to")
+        if target.exists() and (is_gguf or not target.is_dir() or any(target.iterdir())):
+            fail(f"{target} is not an empty folder or a new .gguf file: choose another name to export to")
         state, record = load_checkpoint(run)
     try:
-        tokenizer, chat = Tokenizer.from_dict(state["tokenizer"]), state["tokenizer"].get("chat", False)
-        stops = sorted(tokenizer.ends, reverse=True) if chat else tokenizer.end_of_text
-        ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": stops}
-        save_published(folder, GPTConfig(**model_settings(state["config"])), state["model"], ends)
-        save_published_tokenizer(folder, tokenizer, chat)
+        config, tokenizer = GPTConfig(**model_settings(state["config"])), Tokenizer.from_dict(state["tokenizer"])
+        chat = state["tokenizer"].get("chat", False)
+        if is_gguf:
+            save_gguf(partial, config, state["model"], tokenizer, chat, half)
+            partial.replace(target)
+        else:
+            stops = sorted(tokenizer.ends, reverse=True) if chat else tokenizer.end_of_text
+            ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": stops}
+            save_published(target, config, state["model"], ends)
+            save_published_tokenizer(target, tokenizer, chat)
     except Exception as error:  # noqa: BLE001 - safetensors has exceptions of its own
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         fail(f"cannot export {record.with_suffix('')}: {error}")
-    names = ", ".join(sorted(path.name for path in folder.iterdir()))
-    print(f"exported step {state['step']} of {record.parent} to {folder}: {names}")
+    names = "" if is_gguf else f": {', '.join(sorted(path.name for path in target.iterdir()))}"
+    print(f"exported step {state['step']} of {record.parent} to {target}{names}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), required=True, help="write a model")
-    export(*parser.parse_args().export)
+    add = parser.add_argument
+    add("--export", nargs=2, type=Path, metavar=("NAME", "RUN"), required=True, help="write a folder, or NAME.gguf")
+    add("--half", action="store_true", help="write the matrices of a GGUF file in float16")
+    args = parser.parse_args()
+    export(*args.export, args.half)
 
 
 if __name__ == "__main__":

@@ -180,10 +180,14 @@ class Tokenizer:
 
     def extends(self, other: Self) -> bool:
         """Whether this one gives the same ids as the other, and differs by more control tokens at most."""
-        # A pattern can be written in several ways, and where all tokens are bytes, any pattern will do.
-        cuts = [regex.findall(tokenizer.pattern, PROBE) for tokenizer in (self, other)]
-        same_chunks = cuts[0] == cuts[1] or max(map(len, self.ranks)) == 1
-        return same_chunks and self.ranks == other.ranks and other.special.items() <= self.special.items()
+        same_ranks = self.cuts_like(other.pattern) and self.ranks == other.ranks
+        return same_ranks and other.special.items() <= self.special.items()
+
+    def cuts_like(self, pattern: str) -> bool:
+        """Whether this pattern, which may be written in another way, gives the same ids. Where all tokens are bytes,
+        any does."""
+        same_chunks = regex.findall(self.pattern, PROBE) == regex.findall(pattern, PROBE)
+        return same_chunks or max(map(len, self.ranks)) == 1
 
     def encode(self, text: str, control: bool = False) -> np.ndarray:
         """The ids [N] of a text. A control token that it spells is encoded as ordinary characters, unless `control`.
@@ -315,6 +319,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 # tokenizer.json, the format of Hugging Face's library tokenizers
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+QWEN_PATTERN = GPT4_PATTERN.replace("{1,3}+", "")  # each digit on its own
 DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
 
 
@@ -374,16 +379,21 @@ def byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def to_tokenizer_json(tokenizer: Tokenizer) -> dict:
-    """The inverse of from_tokenizer_json: with this, Hugging Face's libraries produce the same ids."""
+def to_tokenizer_json(tokenizer: Tokenizer, begin: bool = False) -> dict:
+    """The inverse of from_tokenizer_json: with this, Hugging Face's libraries produce the same ids, and with `begin`
+    <|endoftext|> before them."""
     letters = byte_letters()
     vocab = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
     # tiktoken merges any two neighbours that spell a token, so every way to split a token is a merge.
     pairs = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
-    merges = [pair for pair in pairs if vocab.keys() >= set(pair)]
+    merges = [" ".join(pair) for pair in pairs if vocab.keys() >= set(pair)]
     # The regular expressions there (Oniguruma) read {1,3}+ as a repetition and $ as the end of a line.
     pattern = tokenizer.pattern.replace("}+", "}").replace("$", r"\z")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    first = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    named = {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text], "tokens": [END_OF_TEXT]}
+    template = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, first, text]}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
@@ -393,6 +403,8 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict:
             for text, token in tokenizer.special.items()
         ],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level] if merges else [byte_level]},
+        "post_processor": template | {"special_tokens": {END_OF_TEXT: named}} if begin else None,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        # Control tokens stand here too: where they do not, the library gives them other ids than those above.
+        "model": {"type": "BPE", "vocab": vocab | tokenizer.special, "merges": merges},
     }

@@ -213,8 +213,8 @@ def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, tokeniz
     state, _ = load_checkpoint("run")
     encoding = Tokenizer.from_dict(state["tokenizer"])
     for text in ("the model learns,", "naïve  café\n\n 你好🙂 it's 12345 \t\r\n x\n", " \n  "):
-        assert ours(text)["input_ids"] == encoding.encode(text).tolist()
-        assert ours.decode(ours(text)["input_ids"]) == text
+        assert ours(text)["input_ids"] == [encoding.end_of_text, *encoding.encode(text).tolist()]  # as in sample.py
+        assert ours.decode(ours(text)["input_ids"], skip_special_tokens=True) == text
     ends = {ours.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id}
     assert ends == {encoding.end_of_text}
     tokens = torch.tensor([encoding.encode("the small model").tolist()])
@@ -232,7 +232,8 @@ def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, refused, ru
     plain = [json.loads((tmp_path / "out" / name).read_text()) for name in files.split(", ") if "config" in name]
     kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32"}
     ends = {"bos_token_id": 256, "eos_token_id": 256}
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    names |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
     assert plain[0] == plain[0] | kind | ends and plain[1:] == [ends, names]
     assert "out is not an empty folder" in refused(published, "--export", "out", "nowhere")
     assert "no checkpoint" in refused(published, "--export", "new", "nowhere") and not Path("new").exists()

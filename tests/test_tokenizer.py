@@ -16,10 +16,10 @@ import model as models
 import prepare
 import published
 from tokenizer import BYTES, CHAT_TOKENS, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, MAX_CHUNK, Part, Tokenizer
-from tokenizer import byte_tokenizer, load_tokenizer, merge, named_tokenizer, train_bpe
+from tokenizer import byte_tokenizer, load_tokenizer, merge, named_tokenizer, to_tokenizer_json, train_bpe
 
 TRAINED = Tokenizer.of("bpe:400", GPT4_PATTERN, train_bpe(Counter(regex.findall(GPT4_PATTERN, words(3000))), 399))
-NORMALIZER, MERGES = '"normalizer": {"type": "%s"}, "version"', '["a", "a"], ["a", "b"]'
+NORMALIZER, MERGES = '"normalizer": {"type": "%s"}, "version"', '"a a", "a b"'
 OF_MODELS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 SWITCHES = ("lstrip", "rstrip", "single_word", "invert", "use_regex", "add_prefix_space")
 
@@ -131,7 +131,7 @@ def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
     published.save_published_tokenizer(tmp_path, encoding)
     text = Path(models.__file__).read_text() + " naïve 你好🙂🙂  12345678 \n\n\t x' I'LL don't\n "
     ids = encoding.encode(text).tolist()
-    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == ids
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == [50256, *ids]  # text begins so
     read = load_tokenizer(tmp_path)
     assert read.encode(text).tolist() == ids
     assert read.end_of_text == encoding.end_of_text
@@ -166,7 +166,20 @@ def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
     ours = Tokenizer.of("digits", GPT4_PATTERN, train_bpe(counts, 300))
     published.save_published_tokenizer(tmp_path, ours)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.encode(text).ids == ours.encode(text).tolist()
+    assert theirs.encode(text).ids == [ours.end_of_text, *ours.encode(text).tolist()]
+
+
+@pytest.mark.parametrize("place", [0, 300, 399], ids=["first", "in the middle", "last"])
+def test_control_tokens_keep_their_ids_wherever_they_stand_in_the_vocabulary(tmp_path, place):
+    tokenizers = pytest.importorskip("tokenizers")
+    ranks = {token: rank + 3 * (rank >= place) for token, rank in TRAINED.ranks.items()}
+    ours = Tokenizer.of("moved", GPT4_PATTERN, ranks, {token: place + i for i, token in enumerate(TRAINED.special)})
+    text = "<|im_start|>user\nthe small<|im_end|>\n<|endoftext|>model"
+    for begin in ([], [ours.end_of_text]):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(ours, begin=bool(begin))))
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert theirs.encode(text).ids == begin + ours.encode(text, control=True).tolist()
+        assert load_tokenizer(tmp_path) == ours
 
 
 def textbook(folder: Path, old: str, new: str) -> None:
@@ -179,7 +192,7 @@ def textbook(folder: Path, old: str, new: str) -> None:
 
 
 def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path):
-    ways = [('"version"', NORMALIZER % "NFC"), (MERGES, '"a a", "a b"'), ("<|endoftext|>", "<|end_of_text|>")]
+    ways = [('"version"', NORMALIZER % "NFC"), (MERGES, '["a", "a"], ["a", "b"]'), ("<|endoftext|>", "<|end_of_text|>")]
     for old, new in ways:
         textbook(tmp_path, old, new)
         read = load_tokenizer(tmp_path)
@@ -199,7 +212,7 @@ def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path):
         ('"pre_tokenizer"', '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true}, "x"', "pre-tokenizer"),
         ('"version"', NORMALIZER % "Lowercase", "the normalizer Lowercase is not supported"),
         ("<|endoftext|>", "<|end|>", "no token that marks the end of a document"),
-        (MERGES, '["a", "b"], ["a", "a"]', "its merges are not in the order of their ids"),
+        (MERGES, '"a b", "a a"', "its merges are not in the order of their ids"),
     ],
 )
 def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, tmp_path, old, new, told):
