@@ -18,7 +18,7 @@ import model as models
 import published
 import tokenizer as tokenizers
 from model import GPT, GPTConfig, generate
-from tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from tokenizer import GPT4_PATTERN, Tokenizer, byte_tokenizer, train_bpe
 
 SHAPE = {"seq_len": 128, "n_layer": 2, "n_head": 4, "n_embd": 64}
 FAMILIES = {
@@ -77,7 +77,7 @@ def greedy(model: GPT, tokenizer: Tokenizer, ids: list[int], n: int) -> list[int
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_continues_a_text_as_sample_py_does(tmp_path, family, half):
-    tokenizer = trained(tokenizers.GPT4_PATTERN)
+    tokenizer = trained(GPT4_PATTERN)
     model = saved(tmp_path / "m.gguf", tokenizer, FAMILIES[family], half=half)
     with llama_cpp(tmp_path / "m.gguf") as post:
         for prompt in ("the small model", "naïve café 你好", "x"):
@@ -100,7 +100,7 @@ def test_llama_cpp_gives_text_the_same_ids(tmp_path, name):
 
 
 def test_llama_cpp_renders_a_conversation_and_begins_it_with_no_other_token(tmp_path):
-    tokenizer = trained(tokenizers.GPT4_PATTERN)
+    tokenizer = trained(GPT4_PATTERN)
     model = saved(tmp_path / "m.gguf", tokenizer, FAMILIES["qwen3"], is_chat=True)
     turns = [("system", "Be brief."), ("user", " the small "), ("assistant", "model\n"), ("user", "what?")]
     messages = [{"role": role, "content": text} for role, text in turns]
@@ -111,19 +111,14 @@ def test_llama_cpp_renders_a_conversation_and_begins_it_with_no_other_token(tmp_
     assert answer["tokens"] == greedy(model, tokenizer, ids, 20) and answer["tokens_evaluated"] == len(ids)
 
 
-@pytest.mark.parametrize(
-    "settings, told",
-    [
-        ({**FAMILIES["qwen3_moe"], "renormalise": False}, "qwen3moe with renormalise True, not False"),
-        ({**FAMILIES["llama"], "activation": "gelu"}, "llama with activation silu, not gelu"),
-        ({**FAMILIES["qwen3"], "post_norm": True}, "no published family has this combination"),
-    ],
-)
-def test_what_llama_cpp_computes_in_another_way_is_refused_by_name(tmp_path, settings, told):
+# fmt: off
+@pytest.mark.parametrize("settings, pattern, told", [
+    ({**FAMILIES["qwen3_moe"], "renormalise": False}, GPT4_PATTERN, "qwen3moe with renormalise True, not False"),
+    ({**FAMILIES["llama"], "activation": "gelu"}, GPT4_PATTERN, "llama with activation silu, not gelu"),
+    ({**FAMILIES["qwen3"], "post_norm": True}, GPT4_PATTERN, "no published family has this combination"),
+    (FAMILIES["qwen3"], r"\p{L}+|.", "no name for the pattern of the tokenizer trained"),
+])
+# fmt: on
+def test_what_llama_cpp_computes_in_another_way_is_refused_by_name(tmp_path, settings, pattern, told):
     with pytest.raises(ValueError, match=told):
-        saved(tmp_path / "m.gguf", byte_tokenizer(), settings)
-
-
-def test_a_pattern_that_llama_cpp_does_not_know_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no name for the pattern of the tokenizer trained"):
-        saved(tmp_path / "m.gguf", trained(r"\p{L}+|."), FAMILIES["qwen3"])
+        saved(tmp_path / "m.gguf", trained(pattern), settings)
