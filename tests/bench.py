@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,6 @@ import plan as plan_file
 import prepare
 import train
 from model import GPT, PRESETS, GPTConfig, generate, read_checkpoint, to_int8
-from tokenizer import named_tokenizer
 
 QUIET = shlex.split("--eval_every 1000000 --eval_tokens 128 --save_every 1000000 --log_every 10")
 THREE_MINUTES = "--preset shakespeare --batch_tokens 4096 --steps 490 --weight_decay 0.1 --decay 0.8 --compile"
@@ -134,13 +133,6 @@ def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
 # Rows: each returns what nanoGPT did ("" without it), what ours did, and the ratio, limit or prediction to hold it to
 
 
-def limits(nano) -> tuple[str, str, str]:
-    """Matrix products of 1024 x 1024, the limit here"""
-    cpu = torch.device("cpu")
-    peaks = [f"{train.peak_flops(cpu, dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in ("float32", "bfloat16")]
-    return "", ", ".join(peaks), f"{torch.get_num_threads()} threads"
-
-
 def to_loss(*flags: str) -> tuple[float, str]:
     """The median seconds of whole processes, one for each seed, and in words what they came to."""
     runs = [ours(*flags, "--seed", seed) for seed in SEEDS]
@@ -231,31 +223,6 @@ def sampling(nano) -> tuple[str, str, str]:
     return f"{theirs:.1f} tokens/s", told, ratios
 
 
-def preparing(nano) -> tuple[str, str, str]:
-    """Preparing 450 MB for GPT-2's tokenizer, whole process"""
-    text = "".join(path.read_text(encoding="utf-8") for path in prepare.default_corpus())
-    tokenizer, cores, alone = named_tokenizer("gpt2"), os.cpu_count(), {}
-    pieces = [text[i : i + 2**20] for i in range(0, len(text), 2**20)] * 3
-    for n in (1, cores):
-        start = time.perf_counter()
-        with ThreadPoolExecutor(n) as pool:
-            for _ in pool.map(tokenizer.encode, pieces):
-                pass
-        alone[n] = 3 * len(text.encode()) / (time.perf_counter() - start)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "text.txt")
-        with open(path, "w", encoding="utf-8") as file:
-            while file.tell() < 450e6:
-                file.write(text)
-        size = path.stat().st_size
-        command = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", "gpt2", "--out", f"{folder}/set"]
-        _, seconds, peak = watch(command, Path(folder))
-    told = f"{size / seconds / 1e6:.1f} MB/s, {peak / 1e6:.0f} MB of memory"
-    theirs = f"tiktoken alone: {alone[1] / 1e6:.1f} MB/s on one core, {alone[cores] / 1e6:.1f} on {cores}"
-    shares = size / seconds / alone[1] / cores, size / seconds / alone[cores]
-    return theirs, told, "{:.2f} x cores x one core's, {:.2f} x all cores'".format(*shares)
-
-
 def start(nano) -> tuple[str, str, str]:
     """From the command to the first step made"""
     parts = {"import torch": [], "import train": [], "the run begins": [], "step 1 made": []}
@@ -323,11 +290,9 @@ def checkpoint(nano) -> tuple[str, str, str]:
     return "", f"saved in {saved:.1f} s, read and verified in {read:.1f} s", f"{more / 1e3:.0f} MB of memory to save"
 
 
-# fmt: off
 ROWS = {row.__name__: row for row in (
-    limits, start, quick, throughput, sampling, preparing, network, checkpoint, plan, minutes, shakespeare,
+    start, quick, throughput, sampling, network, checkpoint, plan, minutes, shakespeare,
 )}
-# fmt: on
 
 
 def plot(path: Path, nano: NanoGPT) -> None:

@@ -319,13 +319,11 @@ def fuzz(n: int) -> tuple[int, str]:
     return wrong, f"{n} damaged files: {wrong} tracebacks, {accepted} harmless, at most {peak:.1f} GB of memory"
 
 
-# fmt: off
 FAULTS = {
     "kill": (kills, 50), "resume": (resumes, 10), "flip": (flips, 100), "signal": (signals, 20),
     "rank": (killed_ranks, 3), "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3),
     "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
 }
-# fmt: on
 
 
 def main() -> None:

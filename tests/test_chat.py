@@ -70,21 +70,16 @@ def prepared(call, records: list[dict], tokenizer="byte") -> tuple[dict, dict]:
     return prepare.load_dataset("data/t")
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"messages": talk("a", "b")},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, talk("", "b")[1]], "id": 7},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        {"conversations": [{"from": "user", "value": "a"}, {"from": "model", "value": "b"}], "label": True},
-        talk("a", "b", "and then?"),
-        {"instruction": "a", "input": "", "output": "b"},
-        {"prompt": "a", "completion": "b", "data_source": "x", "weight": 1, "tools": []},
-        {"prompt": talk("a"), "completion": talk("", "b")[1:]},
-        {"question": "a", "answer": "b"},
-        {"input": "a", "output": "b"},
-    ],
-)
+@pytest.mark.parametrize("record", [
+    {"messages": talk("a", "b")},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, talk("", "b")[1]], "id": 7},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"conversations": [{"from": "user", "value": "a"}, {"from": "model", "value": "b"}], "label": True},
+    talk("a", "b", "and then?"), {"instruction": "a", "input": "", "output": "b"},
+    {"prompt": "a", "completion": "b", "data_source": "x", "weight": 1, "tools": []},
+    {"prompt": talk("a"), "completion": talk("", "b")[1:]}, {"question": "a", "answer": "b"},
+    {"input": "a", "output": "b"},
+])
 def test_each_layout_is_recognised_by_its_keys(record):
     assert messages_in(record) == (talk("a", "b"), set())
 
@@ -192,15 +187,10 @@ def test_a_greeting_that_begins_all_conversations_does_not_put_them_into_one_spl
 # ---- tokens
 
 
-@pytest.mark.parametrize(
-    "begin, header, end, opening",
-    [
-        ("", "<|im_start|>{}\n", "<|im_end|>\n", ""),
-        ("", "<|im_start|>{}\n", "<|im_end|>\n", "<think>\n\n</think>\n\n"),
-        ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
-    ],
-    ids=["chatml", "qwen3", "llama3"],
-)
+@pytest.mark.parametrize("begin, header, end, opening", [
+    ("", "<|im_start|>{}\n", "<|im_end|>\n", ""), ("", "<|im_start|>{}\n", "<|im_end|>\n", "<think>\n\n</think>\n\n"),
+    ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
+], ids=["chatml", "qwen3", "llama3"])
 def test_a_conversation_is_written_as_its_control_tokens_tell(begin, header, end, opening, tmp_path):
     """Here, and by the template that is exported with the tokenizer."""
     controls = re.findall("<[^<>]+>", f"{END_OF_TEXT}{end}{begin}{header}{opening}")

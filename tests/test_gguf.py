@@ -111,14 +111,12 @@ def test_llama_cpp_renders_a_conversation_and_begins_it_with_no_other_token(tmp_
     assert answer["tokens"] == greedy(model, tokenizer, ids, 20) and answer["tokens_evaluated"] == len(ids)
 
 
-# fmt: off
 @pytest.mark.parametrize("settings, pattern, told", [
     ({**FAMILIES["qwen3_moe"], "renormalise": False}, GPT4_PATTERN, "qwen3moe with renormalise True, not False"),
     ({**FAMILIES["llama"], "activation": "gelu"}, GPT4_PATTERN, "llama with activation silu, not gelu"),
     ({**FAMILIES["qwen3"], "post_norm": True}, GPT4_PATTERN, "no published family has this combination"),
     (FAMILIES["qwen3"], r"\p{L}+|.", "no name for the pattern of the tokenizer trained"),
 ])
-# fmt: on
 def test_what_llama_cpp_computes_in_another_way_is_refused_by_name(tmp_path, settings, pattern, told):
     with pytest.raises(ValueError, match=told):
         saved(tmp_path / "m.gguf", trained(pattern), settings)

@@ -157,7 +157,6 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits():
     torch.testing.assert_close(model(tokens, targets), expected)
 
 
-# fmt: off
 RELEASED = {  # parameters, layers, channels of all keys in a layer, and active parameters where they are fewer
     "toy": (1_442_560, 2, 64), "gpt2": (124_439_808, 12, 768), "gpt2-medium": (354_823_168, 24, 1024),
     "gpt2-large": (774_030_080, 36, 1280), "gpt2-xl": (1_557_611_200, 48, 1600),
@@ -168,7 +167,6 @@ RELEASED = {  # parameters, layers, channels of all keys in a layer, and active 
     "qwen3-32b": (32_762_123_264, 64, 1024), "mixtral-8x7b": (46_702_792_704, 32, 1024, 12_879_925_248),
     "grok-1": (315_684_820_992, 64, 1024, 83_756_587_008),
 }
-# fmt: on
 
 
 def test_a_published_model_has_as_many_parameters_as_its_authors_released(call, capsys):
@@ -185,14 +183,12 @@ def test_a_published_model_has_as_many_parameters_as_its_authors_released(call, 
     assert table["mixtral-8x7b"][2] == 6 * (12_879_925_248 - (32000 + 65) * 4096) + 12 * 32 * 4096 * 32768
 
 
-# fmt: off
 GROK_SIZES = {"vocab_size": "vocab_size", "n_layers": "n_layer", "n_q_heads": "n_head", "n_kv_heads": "n_kv_head",
               "d_model": "n_embd", "key_size": "head_dim", "d_ff": "n_inner"}
 GROK_NORMS = {"attn_norm_in": "attention_norm", "attn_norm_out": "attention_post_norm", "ffn_norm_in": "mlp_norm",
               "ffn_norm_out": "mlp_post_norm"}
 GROK_MATRICES = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.out",
                  "router": "mlp.router"}
-# fmt: on
 
 
 def test_grok_computes_what_the_code_that_xai_released_computes_with_and_without_a_cache():
@@ -386,17 +382,11 @@ def test_ids_of_a_padded_vocabulary_are_never_drawn():
     assert {ids.item() for ids in drawn} == {0, 1, 2, 3, 4}
 
 
-@pytest.mark.parametrize(
-    "wrong, named",
-    [
-        ({"n_embd": 30, "n_head": 4}, "n_embd 30"),
-        ({"n_head": 4, "n_kv_head": 3}, "n_kv_head 3"),
-        ({"n_embd": 12, "n_head": 4}, "head_dim 3"),
-        ({"n_layer": 0}, "n_layer 0"),
-        ({"n_expert": 4, "n_expert_active": 5}, "n_expert_active 5"),
-        ({"dropout": 1.0}, "dropout 1.0"),
-    ],
-)
+@pytest.mark.parametrize("wrong, named", [
+    ({"n_embd": 30, "n_head": 4}, "n_embd 30"), ({"n_head": 4, "n_kv_head": 3}, "n_kv_head 3"),
+    ({"n_embd": 12, "n_head": 4}, "head_dim 3"), ({"n_layer": 0}, "n_layer 0"),
+    ({"n_expert": 4, "n_expert_active": 5}, "n_expert_active 5"), ({"dropout": 1.0}, "dropout 1.0"),
+])
 def test_sizes_that_do_not_fit_are_named(wrong, named):
     with pytest.raises(ValueError, match=named):
         GPTConfig(**wrong)

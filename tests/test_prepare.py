@@ -138,18 +138,14 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
     assert set(documents) - {"x"} == {words(9, i) for i in range(30)}
 
 
-@pytest.mark.parametrize(
-    "inputs, content, told",
-    [
-        (["nowhere.txt"], b"", "no such file or folder: nowhere.txt"),
-        (["a.txt"], b"", "a.txt: empty"),
-        *((["a.txt", "--val_fraction", n], b"text", f"{n} is not between 0 and 1") for n in ("0.0", "1.0")),
-        (["a.txt", "--out", "."], b"text", "--out ."),
-        (["a.txt", "--out", "a.txt/x"], b"text", "cannot make the data set a.txt/x: [Errno 20]"),
-        (["a.txt", "b.txt"], b"text", "raise --val_fraction, or give --val_tail"),
-        (["http://127.0.0.1:9/x.txt"], b"", "could not fetch"),
-    ],
-)
+@pytest.mark.parametrize("inputs, content, told", [
+    (["nowhere.txt"], b"", "no such file or folder: nowhere.txt"), (["a.txt"], b"", "a.txt: empty"),
+    *((["a.txt", "--val_fraction", n], b"text", f"{n} is not between 0 and 1") for n in ("0.0", "1.0")),
+    (["a.txt", "--out", "."], b"text", "--out ."),
+    (["a.txt", "--out", "a.txt/x"], b"text", "cannot make the data set a.txt/x: [Errno 20]"),
+    (["a.txt", "b.txt"], b"text", "raise --val_fraction, or give --val_tail"),
+    (["http://127.0.0.1:9/x.txt"], b"", "could not fetch"),
+])
 def test_input_that_gives_no_data_set_is_refused(refused, tmp_path, inputs, content, told):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_bytes(content)
@@ -165,8 +161,10 @@ def test_a_preparation_that_is_interrupted_says_so_and_leaves_nothing(refused, m
 
 
 def test_a_second_preparation_writes_the_same_bytes_and_the_report_counts_them(refused, call, capsys, tmp_path):
-    """The second one in another process, whose hash() is another. Neither overwrites a data set."""
-    texts, flags = [words(600, i) for i in range(60)], ["--tokenizer", "bpe:300", "--val_fraction", 0.2, "--out"]
+    """The second one in another process, whose hash() is another. Neither overwrites a data set. A text of two pieces
+    is one document."""
+    texts = [words(600, i) for i in range(60)] + [words(240_000)]
+    flags = ["--tokenizer", "bpe:300", "--val_fraction", 0.2, "--out"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     call(prepare, "a.jsonl", *flags, "out/1")
     printed = " ".join(capsys.readouterr().err.split())

@@ -182,15 +182,11 @@ def test_what_cannot_be_taken_over_is_named(golden, config, weights, told):
         load_published(folder)
 
 
-@pytest.mark.parametrize(
-    "switch, told",
-    [
-        ({"post_norm": True, "attention_cap": 30.0}, "qwen3, lacks post_norm True, attention_cap 30.0"),
-        ({"position": "learned"}, "lacks position learned"),
-        (dict(models.GPT2, bias=False), "gpt2, lacks bias False"),
-        (dict(models.PRESETS["grok-toy"]), "post_norm True, attention_cap 30.0"),
-    ],
-)
+@pytest.mark.parametrize("switch, told", [
+    ({"post_norm": True, "attention_cap": 30.0}, "qwen3, lacks post_norm True, attention_cap 30.0"),
+    ({"position": "learned"}, "lacks position learned"), (dict(models.GPT2, bias=False), "gpt2, lacks bias False"),
+    (dict(models.PRESETS["grok-toy"]), "post_norm True, attention_cap 30.0"),
+])
 def test_a_combination_without_a_counterpart_is_named(switch, told, tmp_path):
     pytest.importorskip("safetensors")
     config = GPTConfig(**{**switch, "vocab_size": 61, "seq_len": 24})

@@ -141,25 +141,15 @@ def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
     assert done.stdout.decode().startswith("café ")
 
 
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["nowhere"], "no checkpoint in nowhere"),
-        (["x" * 300], "File name too long"),
-        (["--prompt_file", "x" * 300], "File name too long"),
-        (["--n", 0], "--n 0"),
-        (["--tokens", -1], "--tokens -1"),
-        (["--temperature", -1], "--temperature -1.0"),
-        (["--temperature", "nan"], "--temperature nan"),
-        (["--temperature", "1e-40"], "--temperature 1e-40"),
-        (["--seed", 10**23], f"--seed {10**23}"),
-        (["--top_k", 0], "--top_k 0"),
-        (["--top_p", 1.5], "--top_p 1.5"),
-        (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
-        (["--device", "nowhere"], "--device nowhere"),
-        (["--prompt", "\ud800"], "not UTF-8"),
-    ],
-)
+@pytest.mark.parametrize("arguments, told", [
+    (["nowhere"], "no checkpoint in nowhere"), (["x" * 300], "File name too long"),
+    (["--prompt_file", "x" * 300], "File name too long"), (["--n", 0], "--n 0"), (["--tokens", -1], "--tokens -1"),
+    (["--temperature", -1], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
+    (["--temperature", "1e-40"], "--temperature 1e-40"), (["--seed", 10**23], f"--seed {10**23}"),
+    (["--top_k", 0], "--top_k 0"), (["--top_p", 1.5], "--top_p 1.5"),
+    (["--prompt_file", "nowhere.txt"], "nowhere.txt"), (["--device", "nowhere"], "--device nowhere"),
+    (["--prompt", "\ud800"], "not UTF-8"),
+])
 def test_bad_input_is_one_sentence(refused, run, arguments, told):
     if arguments[0].startswith("-"):
         arguments = [run, *arguments]

@@ -104,6 +104,9 @@ def test_tokenizers_are_equal_that_give_equal_ids_and_one_extends_another_with_m
     assert TRAINED.extends(fewer) and not fewer.extends(TRAINED) and TRAINED != fewer
     assert TRAINED == like_trained() == like_trained(f"(?:{GPT4_PATTERN})") != like_trained(GPT2_PATTERN)
     swapped = dict(zip(TRAINED.special, reversed(TRAINED.special.values())))
+    other = {**TRAINED.ranks, b"zqx": TRAINED.ranks[(last := max(TRAINED.ranks, key=TRAINED.ranks.get))]}
+    del other[last]
+    assert not TRAINED.extends(like_trained(ranks=other))
     assert not TRAINED.extends(like_trained(special=swapped)) and not TRAINED.extends(byte_tokenizer())
 
 
@@ -131,7 +134,8 @@ def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
     published.save_published_tokenizer(tmp_path, encoding)
     text = Path(models.__file__).read_text() + " naïve 你好🙂🙂  12345678 \n\n\t x' I'LL don't\n "
     ids = encoding.encode(text).tolist()
-    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == [50256, *ids]  # text begins so
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(text).ids == [50256, *ids]  # as sample.py begins a text
     read = load_tokenizer(tmp_path)
     assert read.encode(text).tolist() == ids
     assert read.end_of_text == encoding.end_of_text
@@ -199,22 +203,18 @@ def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path):
         assert [*read.encode("aaabdaaabac"), read.end_of_text] == [258, ord("d"), 258, ord("a"), ord("c"), 259]
 
 
-@pytest.mark.parametrize(
-    "old, new, told",
-    [
-        *(('"BPE"', f'"BPE", "{name}": 1', f"{name} 1 is not supported (model)") for name in OF_MODELS),
-        *((f'"{name}": false', f'"{name}": true', name) for name in SWITCHES),
-        *(('"Isolated"', f'"{name}"', name) for name in ("Removed", "MergedWithPrevious", "Contiguous")),
-        ('"Split"', '"Punctuation"', '"Punctuation"'),
-        ('"Regex"', '"String"', '"String"'),
-        ('"BPE"', '"WordPiece"', "not byte-level BPE"),
-        ('"pre_tokenizer"', '"pre_tokenizer": null, "x"', "not byte-level BPE"),
-        ('"pre_tokenizer"', '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true}, "x"', "pre-tokenizer"),
-        ('"version"', NORMALIZER % "Lowercase", "the normalizer Lowercase is not supported"),
-        ("<|endoftext|>", "<|end|>", "no token that marks the end of a document"),
-        (MERGES, '"a b", "a a"', "its merges are not in the order of their ids"),
-    ],
-)
+@pytest.mark.parametrize("old, new, told", [
+    *(('"BPE"', f'"BPE", "{name}": 1', f"{name} 1 is not supported (model)") for name in OF_MODELS),
+    *((f'"{name}": false', f'"{name}": true', name) for name in SWITCHES),
+    *(('"Isolated"', f'"{name}"', name) for name in ("Removed", "MergedWithPrevious", "Contiguous")),
+    ('"Split"', '"Punctuation"', '"Punctuation"'), ('"Regex"', '"String"', '"String"'),
+    ('"BPE"', '"WordPiece"', "not byte-level BPE"),
+    ('"pre_tokenizer"', '"pre_tokenizer": null, "x"', "not byte-level BPE"),
+    ('"pre_tokenizer"', '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true}, "x"', "pre-tokenizer"),
+    ('"version"', NORMALIZER % "Lowercase", "the normalizer Lowercase is not supported"),
+    ("<|endoftext|>", "<|end|>", "no token that marks the end of a document"),
+    (MERGES, '"a b", "a a"', "its merges are not in the order of their ids"),
+])
 def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, tmp_path, old, new, told):
     textbook(tmp_path, old, new)
     (tmp_path / "a.txt").write_text("text")
