@@ -28,11 +28,12 @@ torch alone, so it can be copied into a notebook.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CHECKPOINT = "step-" + 8 * "[0-9]"  # matches the names of a checkpoint's two files, without .pt and .json
 HUGE = 1e15  # stands for "no upper limit" in the table of legal ranges
 
 
@@ -558,6 +560,8 @@ def read_checkpoint(record: Path) -> dict:
     executed. A damaged checkpoint can raise any exception."""
     named = json.loads(record.read_text(encoding="utf-8"))
     path = record.with_name(Path(named["file"]).name)
+    if not path.exists():
+        raise FileNotFoundError(f"it names {path.name}, which is not beside it: give both files their own names again")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != named["sha256"]:
@@ -569,18 +573,31 @@ def read_checkpoint(record: Path) -> dict:
     return state
 
 
+def written_at(paths: Iterable[Path]) -> dict[Path, int]:
+    """When each of these files was written, without those that do not exist, or no longer."""
+    times = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            times[path] = path.stat().st_mtime_ns
+    return times
+
+
 def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     """The state of a checkpoint (named by its .json or .pt file), or of the newest intact one in a run's folder, and
     the path of its JSON file. Names each damaged checkpoint that it skips. Raises ValueError if none is left."""
     path = Path(path)
-    records = [path.with_suffix(".json")] if path.is_file() else sorted(path.glob("step-*.json"), reverse=True)
-    records = [record for record in records if record.exists()]
+    paths = [path.with_suffix(".json")] if path.is_file() else sorted(path.glob(f"{CHECKPOINT}.json"), reverse=True)
+    records = written_at(paths)
+    if not records and path.is_file():
+        raise ValueError(f"{paths[0].name} is not beside {path}: a checkpoint consists of both files")
     if not records:
         raise ValueError(f"there is no checkpoint in {path}: make one with python train.py")
     for record in records:
         try:
             return read_checkpoint(record), record
         except Exception as error:  # noqa: BLE001
+            if isinstance(error, FileNotFoundError) and written_at(paths) != records:
+                return load_checkpoint(path)  # a run that goes on has replaced it: look again
             reason = str(error).partition("\n")[0]
             print(f"damaged: {record} ({type(error).__name__}: {reason})", file=sys.stderr)
     raise ValueError(f"there is no intact checkpoint left in {path}")
@@ -588,10 +605,10 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
 
 def newest_run(runs: str | Path = "runs") -> Path:
     """The folder in `runs` with the newest checkpoint. Raises ValueError if there is none."""
-    records = list(Path(runs).glob("*/step-*.json"))
+    records = written_at(Path(runs).glob(f"*/{CHECKPOINT}.json"))
     if not records:
         raise ValueError(f"there is no checkpoint in {runs}/ yet: make one with python train.py")
-    return max(records, key=lambda record: record.stat().st_mtime).parent
+    return max(records, key=records.get).parent
 
 
 def empty_model(config: GPTConfig, n_tensors: int) -> GPT:

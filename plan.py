@@ -1,18 +1,16 @@
 """Estimate what a run will take before it starts: time, memory, network traffic, failures.
 
-    python plan.py                                           this machine, from a few measured steps
+    python plan.py                                           this machine, from a few measured micro-batches
     python plan.py --preset llama3-8b --gpus 8 --shard 8     a cluster, from published figures
 
 All settings of train.py are flags here too. Nothing else in the project needs this file.
 """
 
 import contextlib
-import io
-import json
+import itertools
 import math
-import statistics
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,30 +207,44 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     yield from (f"warning    {warning}" for warning in warnings)
 
 
+def step_here(model: GPT, data: train.Data, config: Config, machine: train.Machine) -> tuple[float, Config]:
+    """Seconds of a step on this machine: those of its micro-batches and of the optimizers. The first measurement warms
+    up. A CPU begins with one row and doubles them until they take a second. Also returns the last config measured."""
+    parallel, optimizers = train.data_parallel(model, config), train.make_optimizers(model, config)
+    doubled = [2**i for i in range(config.micro_batch.bit_length())]
+    for rows in [1, *doubled] if machine.device.type == "cpu" else [config.micro_batch] * 3:
+        small = config.changed(micro_batch=rows, batch_tokens=rows * dist.get_world_size() * config.seq_len)
+        times = [time.perf_counter()]
+        train.backward(parallel, data, small, machine, 0, lambda rows, what: rows).item()  # waits for the device
+        times.append(time.perf_counter())
+        for optimizer in optimizers:
+            optimizer.step()
+        float(train.whole(model.norm.weight)[0])  # waits as well
+        times.append(time.perf_counter())
+        passes, updates = (max(train.from_all_ranks(end - start)) for start, end in itertools.pairwise(times))
+        if passes > 1:
+            break
+    return config.batch_tokens / small.batch_tokens * passes + updates, small
+
+
 def local_plan(given: dict) -> None:
-    """Train a few steps in a temporary folder, and print what the whole run will take on this machine."""
-    trial = {"stop_at": min(5, given.get("steps") or 5), "log_every": 1, "eval_tokens": 1}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train.train({**given, **trial, "out": train.from_rank_0(folder)}, resume=False)
-        if dist.get_rank() > 0:
-            return
-        config = train.build_config({**train.read_settings(Path(folder, "config.json")), "stop_at": None})
-        rows = [json.loads(row) for row in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    speeds = [row["tokens_per_second"] for row in rows if "loss" in row]
-    seconds = config.batch_tokens / statistics.median(speeds[1:] or speeds)  # the first step warms up
-    n_val = load_dataset(config.data, verify=False)[0]["val"]["tokens"]
+    """Print what the whole run will take on this machine, from a few micro-batches, without a folder for it."""
+    given = {name: value for name, value in given.items() if name not in ("out", "stop_at")}
+    config, _, state = train.open_run(given, resume=False)
+    config, meta, train_data, _ = train.open_data(config)
+    config, machine = train.choose_machine(config)
+    model = train.build_model(config, machine, train.first_weights(config, meta, 0, state))
+    seconds, measured = step_here(model, train_data, config, machine)
     evaluations = math.ceil(config.steps / config.eval_every) + bool(config.init)
-    evaluated = min(given.get("eval_tokens", Config.eval_tokens), n_val) * evaluations
+    evaluated = min(config.eval_tokens, meta["val"]["tokens"]) * evaluations
     evaluation = evaluated * seconds / config.batch_tokens / 3  # a forward pass is a third of a step
-    with torch.device("meta"):
-        model = GPT(config)
     parts = memory_parts(model, config, config.shard)
     if config.device == "cpu" or not torch.accelerator.is_available():  # main memory holds more than the model
         with contextlib.suppress(ImportError):  # Windows has no such module
             import resource
 
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            parts["program"] = max(0.0, peak - sum(parts.values()))
+            parts["program"] = max(0.0, peak - sum(memory_parts(model, measured, config.shard).values()))
         parts["checkpoint"] = checkpoint_bytes(model, config)  # a copy, for the thread that writes it
     memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
     tokens, total = config.steps * config.batch_tokens, config.steps * seconds + evaluation

@@ -10,12 +10,12 @@
     torchrun --standalone --nproc_per_node=8 train.py           train in 8 processes, on CPUs or GPUs
     torchrun ... train.py --preset llama3-8b --shard 8          shard each copy of the model over 8 processes (FSDP2)
 
-A run is a folder with config.json, tokenizer.json, metrics.jsonl and checkpoints. Ctrl-C stops it at the end of a step
-and saves it. Apart from weights and optimizer state, the number of steps done is a run's only state: the batch and the
-dropout of the next step depend on the seed and that number alone, so that a resumed run gives the same bits as one that
-was never stopped. Several processes train one model on the same batches, and any number of them can resume any run. The
-README has the commands for several nodes and for restarts after faults; these start two nodes of eight GPUs under
-Slurm, with five minutes to save before the job ends:
+A run is a folder with config.json, tokenizer.json, metrics.jsonl and checkpoints. Ctrl-C stops it and saves it. Apart
+from weights and optimizer state, the number of steps done is a run's only state: the batch and the dropout of the next
+step depend on the seed and that number alone, so that a resumed run gives the same bits as one that was never stopped.
+Several processes train one model on the same batches, and any number of them can resume any run. The README has the
+commands for several nodes and for restarts after faults; these start two nodes of eight GPUs under Slurm, with five
+minutes to save before the job ends:
 
     #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 --signal=USR1@300
     HOST=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)
@@ -35,6 +35,7 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -42,12 +43,13 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import timeit
 import traceback
 import typing
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -68,7 +70,7 @@ from torch.utils.checkpoint import checkpoint
 
 import prepare
 from chat import IGNORED, Conversations, dialogues
-from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, has_bfloat16
+from model import CHECKPOINT, GPT, HUGE, PRESETS, GPTConfig, choose_device, has_bfloat16
 from model import load_checkpoint, model_settings, model_with, newest_run
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
 from published import load_source
@@ -90,7 +92,7 @@ class Config(GPTConfig):
     steps: int = 560  # optimizer steps in the schedule
     epochs: float | None = None  # passes over the data, instead of steps
     stop_at: int | None = None  # stop and save at this step, without changing the schedule (default: steps)
-    batch_tokens: int = 4096  # tokens per optimizer step
+    batch_tokens: int | None = 4096  # tokens per optimizer step
     micro_batch: int = 8  # sequences per forward and backward pass
     document_mask: bool = False  # keep attention and positions inside each document (of conversations: always)
 
@@ -116,6 +118,8 @@ class Config(GPTConfig):
     save_every: int = 200  # steps between checkpoints; an evaluation that is the best so far saves one too
     log_every: int = 20  # steps between lines of progress
     keep: int = 2  # newest checkpoints to keep, besides the best
+    # No flag: before a step, step x batch_tokens + shift tokens are drawn. Only a resume with other sizes changes it.
+    shift: int = 0
 
     RANGES = {  # noqa: RUF012
         **GPTConfig.RANGES,
@@ -124,6 +128,7 @@ class Config(GPTConfig):
         **dict.fromkeys(("warmup", "decay", "momentum"), (0, 1)),
         "timeout": (1, 1e6),
         "seed": (0, 2**63 - 1),
+        "shift": (-HUGE, HUGE),
     }
 
     def __post_init__(self):
@@ -134,7 +139,7 @@ class Config(GPTConfig):
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} together exceed 1")
         unit = self.micro_batch * self.seq_len
-        if self.batch_tokens % unit:
+        if self.batch_tokens and self.batch_tokens % unit:
             below = self.batch_tokens // unit * unit
             legal = f"{below} or {below + unit}" if below else unit
             raise ValueError(f"batch_tokens {self.batch_tokens} is no multiple of micro_batch x seq_len: use {legal}")
@@ -152,8 +157,10 @@ RECIPES: dict[str, dict] = {
     "gpt2": dict(FROM_SCRATCH, data="data/gpt2", micro_batch=16),
 }
 # How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
-FINE_TUNING = {"epochs": 3.0, "batch_tokens": 8192, "weight_decay": 0.0}
+FINE_TUNING = {"epochs": 3.0, "weight_decay": 0.0}
+FINE_TUNING_TOKENS = 8192  # per step, or fewer if the data has few rows
 PUBLISHED_LR = 2e-5
+OPEN_SETTINGS = {"vocab_size", "seq_len", "dropout", "balance_loss", "router_z_loss"}  # of a trained model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop
@@ -164,74 +171,76 @@ def train(given: dict, resume: bool) -> None:
     started, parent = time.monotonic(), os.getppid()
     config, step, state = open_run(given, resume)
     config, meta, train_data, val_data = open_data(config)
+    warn_of_rise(config, step, state)
     if step >= config.stop_at:
         print(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
         return
-    config, machine = choose_machine(config)  # the last change to the config
-
+    config, machine = choose_machine(config)
     model = build_model(config, machine, first_weights(config, meta, step, state))  # to evaluate, save and sample
     parallel = data_parallel(model, config)  # the same model, as training calls it
     optimizers = make_optimizers(model, config)
-    if step > 0:
-        restore_optimizers(model, optimizers, state)
+    restore_optimizers(model, optimizers, state if step > 0 else None)
     del state  # frees the whole model in rank 0's main memory
-    prepare_folder(config, meta, step, may_exist=step > 0 or "out" in given)
+    config = open_folder(config, meta, step)  # the last change to the config
     log = Log(config, machine, model, step, started)
     log.header(train_data, val_data)
-    saver, stop_requested = Saver(config, meta, log, model, optimizers), watch_for_stop(parent)
+    saver, stop = Saver(config, meta, log, model, optimizers), Stop(parent, log)
     gc.enable()  # it was off while torch was imported
-    n_skipped, stopping = 0, False
-    if step == 0 and config.init:  # where fine-tuning starts
-        log.evaluation(0, *evaluate(model, val_data, config, machine), meta)
+    n_skipped, saved, stopping, finished = 0, step, False, False
+    with contextlib.suppress(KeyboardInterrupt):  # of a step or an evaluation, which then counts as not begun
+        if step == 0 and config.init:  # where fine-tuning starts
+            log.evaluation(0, *evaluate(model, val_data, config, machine, stop.watched), meta)
+        while step < config.stop_at and not stopping:
+            # 1. The gradient of the mean loss over this step's targets. Its batch follows from (seed, step) alone.
+            loss = backward(parallel, train_data, config, machine, step, stop.watched)
+            grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
 
-    while step < config.stop_at and not stopping:
-        # 1. The gradient of the mean loss over this step's targets. Its batch follows from (seed, step) alone.
-        loss = backward(parallel, train_data, config, machine, step)
-        grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+            # 2. One optimizer step, on all ranks or on none.
+            if grad_norm.isfinite():  # the same number on all ranks
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr_at(step, config)
+                    optimizer.step()
+            else:
+                n_skipped, problem = n_skipped + 1, log.bad_step(step, loss, grad_norm)
+                if n_skipped > config.skip_bad_steps:
+                    stop_all_ranks(saver.wait() or problem)
+            model.zero_grad()
+            step += 1
 
-        # 2. One optimizer step, on all ranks or on none.
-        if grad_norm.isfinite():  # the same number on all ranks
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, config)
-                optimizer.step()
-        else:
-            n_skipped += 1
-            problem = log.bad_step(step, loss, grad_norm)
-            if n_skipped > config.skip_bad_steps:
-                stop_all_ranks(saver.wait() or f"{problem}: continue with --out {config.out} --resume and a lower --lr")
-        model.zero_grad()
-        step += 1
+            # 3. Log, evaluate and save, when they are due.
+            stopping, is_best = stop.requested(), False
+            log.progress(step)
+            if step % config.log_every == 0 or step in (1, config.stop_at) or stopping:
+                log.step(step, loss, grad_norm, n_skipped)
+            if step == config.stop_at or (step % config.eval_every == 0 and not stopping):
+                val_loss = log.evaluation(step, *evaluate(model, val_data, config, machine, stop.watched), meta)
+                is_best = val_loss < saver.best_loss
+            if step % config.save_every == 0 or is_best:
+                saver.save(saved := step, val_loss if is_best else None)
+        finished = step == config.steps
 
-        # 3. Log, evaluate and save, when they are due.
-        stopping = stop_requested()
-        is_last, is_best = stopping or step == config.stop_at, False
-        log.progress(step)
-        if step % config.log_every == 0 or step == 1 or is_last:
-            log.step(step, loss, grad_norm, n_skipped)
-        if step == config.stop_at or (step % config.eval_every == 0 and not stopping):
-            val_loss = log.evaluation(step, *evaluate(model, val_data, config, machine), meta)
-            is_best = val_loss < saver.best_loss
-        if step % config.save_every == 0 or is_last or is_best:
-            saver.save(step, val_loss if is_best else None)
-
+    if step > saved:
+        saver.save(step)
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
-    text = closing_text(model, config, machine, meta, val_data) if step == config.steps else None
+    text = closing_text(model, config, machine, meta, val_data) if finished else None
     log.end(step, text, isinstance(val_data, Conversations))
 
 
-def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machine", step: int) -> Tensor:
+def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machine", step: int, watched) -> Tensor:
     """Compute this rank's part of a step: the gradient of the mean loss over all targets of its batch, micro-batch by
     micro-batch. Returns the loss, of which the mean over the ranks is that of the step."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    n_drawn = (step * config.batch_tokens + config.shift) // config.seq_len
     n_rows = config.batch_tokens // config.seq_len  # of the whole step
-    indices = batch_indices(data.n_windows, config.seed, step, n_rows)
+    indices = batch_indices(data.n_windows, config.seed, n_drawn, n_rows)
     n_targets = data.count(indices)
     first, end = rank * n_rows // world, (rank + 1) * n_rows // world  # this rank's
     loss = torch.zeros((), device=machine.device)
-    for row in range(first, end, config.micro_batch):
-        seed_dropout(config.seed, step, row)
+    for row in watched(range(first, end, config.micro_batch), f"step {step + 1:,}"):
+        dropout_seed = np.random.SeedSequence((config.seed, step, row))  # whichever rank computes the row
+        torch.manual_seed(int(dropout_seed.generate_state(1)[0]))
         chosen = indices[row : row + config.micro_batch]
         inputs, targets, documents = on_device(data.get(chosen), machine.device)
         sync_gradients(parallel, row + config.micro_batch == end)
@@ -243,11 +252,6 @@ def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machin
         weighted.backward()
         loss += weighted.detach()
     return loss
-
-
-def seed_dropout(seed: int, step: int, row: int) -> None:
-    """Give each micro-batch random numbers of its own, whichever rank computes it."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, row)).generate_state(1)[0]))
 
 
 def closing_text(model: GPT, config: Config, machine: "Machine", meta: dict, val_data: "Data") -> str:
@@ -267,14 +271,14 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
     """Return the config and the number of steps already done, on all ranks, and on rank 0 the state to start from (None
     for new weights). Without a checkpoint in its folder, even --resume starts a new run."""
     check_same("version or setting", {"torch": torch.__version__, "resume": resume, **given})
-    out = given.get("out")
-    newest = max((record.name for record in Path(out).glob("step-*.json")), default="") if resume and out else ""
-    seen = from_all_ranks(newest)  # nodes that do not share the folder would each see their own checkpoints
-    if max(seen) > seen[0]:
-        stop_all_ranks(f"rank 0 does not see {max(seen)} in {out}: all nodes must share that folder")
     config = step = state = None
-    if dist.get_rank() == 0:
-        with exit_on(ValueError):
+    with exit_on(ValueError, OSError):  # OSError: a name that is too long, a folder that may not be read
+        out = given.get("out")
+        newest = max((path.name for path in Path(out).glob(f"{CHECKPOINT}.json")), default="") if resume and out else ""
+        seen = from_all_ranks(newest)  # nodes that do not share the folder would each see their own checkpoints
+        if max(seen) > seen[0]:
+            stop_all_ranks(f"rank 0 does not see {max(seen)} in {out}: all nodes must share that folder")
+        if dist.get_rank() == 0:
             config, step, state = find_start(given, resume, newest)
     return *from_rank_0((config, step)), state
 
@@ -285,45 +289,69 @@ def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dic
     out, step, state = given.get("out"), 0, None
     if out == "":
         fail("--out is empty")
-    if not resume and out and any(Path(out).glob("*.json")):
+    is_run = bool(out) and (newest or Path(out, "config.json").exists())
+    if out and not (resume and is_run) and any([*Path(out).glob("*.json"), *Path(out).glob("metrics.jsonl")]):
         fail(f"{out} already holds a run: continue it with --out {out} --resume, or choose another --out")
     if resume and out and not newest:
         print(f"there is no checkpoint in {out} yet: starting from step 0")
         resume = False
-        if Path(out, "config.json").exists():
+        if is_run:
             given = {**read_settings(Path(out, "config.json")), **given}
     if resume:
         run = Path(out) if out else newest_run()
         with exit_on(OSError):
             lock(run, f"training in {run}")
         state, record = load_checkpoint(run)
-        step = state["step"]
+        step, trained = state["step"], state["config"]
         print(f"resuming {record.with_suffix('')}, step {step}")
-        saved = {**state["config"], "stop_at": None, "out": str(run)}
+        saved = {**trained, "stop_at": None, "out": str(run)}
         if given.get("init", saved["init"]) != saved["init"]:
             fail("--init starts a new run and --resume continues one: leave out one of them")
         for name, value in given.items():
             if name in saved and saved[name] != value:
                 print(f"changed by the command line: {name} from {saved[name]} to {value}")
+        written = read_settings(run / "config.json") if (run / "config.json").exists() else {}
+        for name in written.keys() & trained.keys() - given.keys():
+            if (value := written[name]) != trained[name]:
+                print(f"--resume ignores {name} {value} in config.json, for {trained[name]}: give it as --{name}")
         given = {**saved, **given}
-    elif given.get("init"):  # take the shape of its model, but not how it was trained
+    elif given.get("init"):
         state, _ = load_source(given["init"])
-        lr = state["config"].get("lr", PUBLISHED_LR)
-        shape = {**model_settings(state["config"]), "dropout": GPTConfig.dropout}
-        given = {**shape, "seq_len": min(shape["seq_len"], 1024), **FINE_TUNING, "lr": lr, **given}
+        given = fine_tuning(given, state["config"])
     config = build_config(given)
-    if step > 0 and lr_at(step, config) > max(2 * lr_at(step, build_config(saved)), config.lr / 10):
-        print(f"the new schedule raises the learning rate to {lr_at(step, config):.2g}: set it with --lr and --warmup")
-    if config.out is None:
-        free = (out for n in range(1, 10**6) if not Path(out := f"runs/{config.preset}-{n}").exists())
-        config = config.changed(out=next(free))
-    world, n_micro = dist.get_world_size(), config.batch_tokens // (config.micro_batch * config.seq_len)
+    if step > 0:
+        before = build_config(saved)
+        if (before.seq_len, before.seed) != (config.seq_len, config.seed):
+            print("the order of the data changes: in this epoch some text may come twice, and some not at all")
+        n_drawn = (step * before.batch_tokens + before.shift) // config.seq_len  # windows of the new length
+        config = config.changed(shift=n_drawn * config.seq_len - step * config.batch_tokens)
+    world, n_micro = dist.get_world_size(), (config.batch_tokens or 0) // (config.micro_batch * config.seq_len)
     if n_micro % world:
         legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
         fail(f"{world} processes cannot share {n_micro} micro-batches equally: use {legal}, or another micro_batch")
     if world % config.shard:
         fail(f"{world} processes cannot be divided into groups of --shard {config.shard}")
     return config, step, state
+
+
+def fine_tuning(given: dict, trained: dict) -> dict:
+    """The settings `given`, over those of --init: the shape of its model, but not how that was `trained`. Ends the
+    program if `given` asks for another shape."""
+    theirs = {**model_settings(trained), "dropout": GPTConfig.dropout}
+    shape, wanted = GPTConfig(**theirs), GPTConfig(**{**theirs, **model_settings(given)})
+    for name in theirs:
+        if (value := getattr(shape, name)) != (other := getattr(wanted, name)) and name not in OPEN_SETTINGS:
+            fail(f"the model of --init {given['init']} has {name} {value}, not {other}: leave that setting out")
+    batch_tokens = FINE_TUNING_TOKENS if "micro_batch" in given else None
+    recipe = {**FINE_TUNING, "batch_tokens": batch_tokens, "lr": trained.get("lr", PUBLISHED_LR)}
+    return {**theirs, "seq_len": min(theirs["seq_len"], 1024), **recipe, **given}
+
+
+def warn_of_rise(config: Config, step: int, state: dict | None) -> None:
+    """Say on rank 0 if a resume raises the learning rate, which undoes what a run has learned in its decay."""
+    rate = lr_at(step, config)
+    if state and step > 0 and rate > config.lr / 10 and rate > 2 * lr_at(step, build_config(state["config"])):
+        print(f"the new schedule raises the learning rate to {rate:.2g}: set it with --lr and --warmup")
 
 
 def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> dict[str, Tensor]:
@@ -352,23 +380,39 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}")
 
 
-def prepare_folder(config: Config, meta: dict, step: int, may_exist: bool) -> None:
-    """Let rank 0 create the run's folder, or remove from it what is in the way of continuing from `step`."""
-    run = Path(config.out)
-    if dist.get_rank() > 0:
-        return
+def open_folder(config: Config, meta: dict, step: int) -> Config:
+    """Let rank 0 create the run's folder, by default runs/PRESET-N with the first free N, or remove from it what is in
+    the way of continuing from `step`. Returns the config with the folder, on all ranks."""
+    if dist.get_rank() == 0:
+        try:
+            Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
+            numbers = itertools.count(1)
+            while config.out is None:  # another run may take the same number at the same time
+                with contextlib.suppress(FileExistsError):
+                    Path(out := f"runs/{config.preset}-{next(numbers)}").mkdir()
+                    config = config.changed(out=out)
+            run = Path(config.out)
+            lock(run, f"training in {run}")
+            if step > 0 or (run / "config.json").exists():  # else the files in it are a user's
+                clear_folder(run, step)
+            prepare.write_json(run / "config.json", config.given)
+            prepare.write_json(run / "tokenizer.json", meta["tokenizer"])  # for --tokenizer
+        except OSError as error:
+            fail(f"cannot write to {config.out or 'runs'}: {error.strerror}")
+    return from_rank_0(config)
+
+
+def clear_folder(run: Path, step: int) -> None:
+    """Remove from a run's folder what a process that was killed has left, and damaged checkpoints."""
+    for path in run.glob(f"{CHECKPOINT}.*"):
+        if path.suffix == ".partial":
+            path.unlink()
+        elif path.suffix in (".pt", ".json") and path.stem > f"step-{step:08d}":  # damaged ones that were skipped
+            path.rename(f"{path}.damaged")  # until the next checkpoint is whole
     try:
-        run.mkdir(parents=True, exist_ok=may_exist)
-        lock(run, f"training in {run}")
-        for unfinished in run.glob("*.partial"):  # left by a process that was killed
-            unfinished.unlink()
-        for path in [*run.glob("step-*.pt"), *run.glob("step-*.json")]:  # of damaged checkpoints that were skipped
-            if path.stem > f"step-{step:08d}":
-                path.rename(f"{path}.damaged")  # until the next checkpoint is whole
-        prepare.write_json(run / "config.json", config.given)
-        prepare.write_json(run / "tokenizer.json", meta["tokenizer"])  # for --tokenizer
-    except OSError as error:
-        fail(f"cannot write to {run}: {error.strerror}")
+        load_checkpoint(run / "best.json")  # says if it is damaged
+    except ValueError:
+        (run / "best.json").unlink(missing_ok=True)  # so that the next evaluation counts as the best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,9 +440,9 @@ def permute(numbers: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
-def batch_indices(n_windows: int, seed: int, step: int, rows: int) -> np.ndarray:
-    """The windows [rows] of a step. Each epoch visits every window once, in an order of its own."""
-    position = np.arange(step * rows, (step + 1) * rows)
+def batch_indices(n_windows: int, seed: int, n_drawn: int, rows: int) -> np.ndarray:
+    """The windows [rows] of a step, after n_drawn others. Each epoch visits every window once, in its own order."""
+    position = np.arange(n_drawn, n_drawn + rows)
     epochs, places = position // n_windows, position % n_windows
     indices = np.empty(rows, np.int64)
     for epoch in np.unique(epochs):
@@ -407,9 +451,9 @@ def batch_indices(n_windows: int, seed: int, step: int, rows: int) -> np.ndarray
 
 
 def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
-    """The config with what follows from the data set (the number of steps, if epochs are given, and the vocabulary, if
-    it is open), the data set's meta.json, and the windows of its two splits. Prepares the default data set if it does
-    not exist."""
+    """The config with what follows from the data set (the number of steps, if epochs are given, and the vocabulary and
+    the batch, if they are open), the data set's meta.json, and the windows of its two splits. Prepares the default data
+    set if it does not exist."""
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
     for my_turn in (dist.get_rank() == 0, first_on_node):  # nodes without a shared disk prepare their own
         if my_turn and config.data == Config.data and not Path(Config.data, "meta.json").exists():
@@ -422,9 +466,12 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     tokenizer, is_chat = Tokenizer.from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
     train_data, val_data = (windows_of(split, shards, config, tokenizer, is_chat) for split in prepare.SPLITS)
 
+    if config.batch_tokens is None:
+        config = fine_tuning_batch(config, train_data.n_windows)
     steps, vocab_size = config.steps, config.vocab_size or meta["vocab_size"]
     if config.epochs:
-        steps = math.ceil(config.epochs * train_data.n_windows * config.seq_len / config.batch_tokens)
+        n_tokens = config.epochs * train_data.n_windows * config.seq_len - config.shift
+        steps = max(1, math.ceil(n_tokens / config.batch_tokens))
     n_used = meta["vocab_size"] if is_chat else tokenizer.n_text
     if is_chat and config.init:
         vocab_size = max(vocab_size, n_used)  # first_weights adds rows for the control tokens of conversations
@@ -432,6 +479,16 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
         sizes = f"the model's vocabulary of {vocab_size} is smaller than the data's {n_used}"
         fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
     return config.changed(steps=steps, vocab_size=vocab_size), meta, train_data, val_data
+
+
+def fine_tuning_batch(config: Config, n_windows: int) -> Config:
+    """The config with FINE_TUNING_TOKENS per step, or fewer, so that a pass over few rows still has about 16 steps."""
+    world = dist.get_world_size()
+    share = max(1, min(FINE_TUNING_TOKENS // config.seq_len, n_windows // 16) // world)  # rows of each rank
+    micro_batch = min(config.micro_batch, share)
+    rows = share // micro_batch * micro_batch * world
+    print(f"fine-tuning with {rows} of {n_windows:,} rows per step: --batch_tokens {rows * config.seq_len}")
+    return config.changed(batch_tokens=rows * config.seq_len, micro_batch=micro_batch)
 
 
 def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, is_chat: bool) -> Data:
@@ -632,9 +689,9 @@ def lr_at(step: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Data, config: Config, machine: "Machine") -> tuple[float, float]:
-    """Mean loss in nats per token over fixed held-out windows, and its standard error. Draws no random numbers, so that
-    training continues as if there had been no evaluation."""
+def evaluate(model: GPT, data: Data, config: Config, machine: "Machine", watched: Callable) -> tuple[float, float]:
+    """Mean loss in nats per token over fixed held-out windows, and its standard error (NaN of a single one). Draws no
+    random numbers, so that training continues as if there had been no evaluation."""
     n = min(data.n_windows, max(1, config.eval_tokens // config.seq_len))
     chosen = np.linspace(0, data.n_windows, n, endpoint=False).astype(np.int64)
     # Whole micro-batches per rank, for which one compiled graph is enough. The last windows repeat and do not count.
@@ -643,12 +700,12 @@ def evaluate(model: GPT, data: Data, config: Config, machine: "Machine") -> tupl
     indices, counted = chosen[np.minimum(mine, n - 1)], torch.from_numpy(mine < n)
     model.eval()
     losses, counts = [], []
-    for i in range(0, share, config.micro_batch):
+    for i in watched(range(0, share, config.micro_batch), "evaluation"):
         inputs, targets, documents = on_device(data.get(indices[i : i + config.micro_batch]), machine.device)
         with machine.autocast:
             logits = model(inputs, documents=documents)
         each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
-        losses.append(each.double().sum(1).cpu())
+        losses.append(each.cpu().double().sum(1))  # mps has no float64
         counts.append((targets != IGNORED).sum(1).cpu())
     model.train()
     losses, counts = torch.cat(losses)[counted], torch.cat(counts)[counted]
@@ -686,22 +743,17 @@ def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: flo
     if best_loss is not None:
         prepare.write_json(run / "best.json", {**record, "val_loss": best_loss})
     best = read_best(run).get("file")
-    for old in sorted(run.glob("step-*.json"))[:-keep]:
+    for old in sorted(run.glob(f"{CHECKPOINT}.json"))[:-keep]:
         if (file := old.with_suffix(".pt")).name != best:
             old.unlink()
             file.unlink(missing_ok=True)
-    for damaged in run.glob("*.damaged"):
+    for damaged in run.glob(f"{CHECKPOINT}.*.damaged"):
         damaged.unlink()
 
 
 def read_best(run: Path) -> dict:
-    """The contents of best.json; empty if it is missing or damaged, or if the checkpoint that it names is gone."""
-    try:
-        best = json.loads((run / "best.json").read_text(encoding="utf-8"))
-        (run / best["file"]).stat()
-        return {"file": best["file"], "val_loss": float(best["val_loss"])}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+    """The contents of best.json, or {} if there is none. open_folder has made sure that it is whole."""
+    return json.loads(path.read_text(encoding="utf-8")) if (path := run / "best.json").exists() else {}
 
 
 class Saver:
@@ -760,6 +812,8 @@ class Log(Console):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(config.out, purge_step=step + 1)
+                # Its thread would print a traceback when the disk is full, of which record() tells.
+                threading.excepthook = lambda failed: None
 
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl, without those that a full disk has torn."""
@@ -767,24 +821,36 @@ class Log(Console):
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):
                 if re.match(r'{"step": \d+, .*}$', line):
-                    rows.append(json.loads(line))
+                    rows.append(json.loads(line, parse_constant=lambda nan: None))
         return rows
 
     def record(self, **row) -> None:
         """Append a row to metrics.jsonl and to TensorBoard."""
         if dist.get_rank() > 0:
             return
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[name] = None  # JSON has no NaN
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        except OSError as error:  # such as a full disk, which may have room again for the next checkpoint
+            print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
+        try:
             for name, value in row.items():
                 if self.board and isinstance(value, float):
                     self.board.add_scalar(name, value, row["step"])
-        except OSError as error:  # such as a full disk, which may have room again for the next checkpoint
-            print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
+            if self.board:
+                self.board.flush()  # or else an error would come up at another time
+        except OSError as error:
+            print(f"TensorBoard's curves end at step {row['step']}: {error}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                self.board.file_writer.close()
+            self.board = None
 
     def header(self, train_data: Data, val_data: Data) -> None:
-        config, tokens, flops = self.config, self.config.steps * self.config.batch_tokens, self.model.flops_per_token()
+        config, flops = self.config, self.model.flops_per_token()
+        tokens = config.steps * config.batch_tokens + config.shift
         n_cut, n_left_out = train_data.n_cut, train_data.n_left_out
         cut = f"; cut to seq_len: {n_cut:,}, left out: {n_left_out:,}" if n_cut or n_left_out else ""
         epochs = f"{tokens / (train_data.n_windows * config.seq_len):.2f} epochs, {tokens * flops:.3g} FLOP"
@@ -825,16 +891,16 @@ class Log(Console):
         self.last = (step, time.monotonic())
 
     def bad_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> str:
-        """Say, and return, where a gradient comes from that is not finite."""
+        """Say, and return with advice, where a gradient comes from that is not finite."""
         bad = [rank for rank, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
         where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
         problem = f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank applied it"
         self.line(problem)
-        return problem
+        return f"{problem}: continue with --out {self.config.out} --resume and a lower --lr"
 
     def evaluation(self, step: int, val_loss: float, val_error: float, meta: dict) -> float:
         """Log an evaluation in nats per token, and in bits per byte where all tokens count. Returns val_loss."""
-        self.result = f"val_loss {val_loss:.4f} +- {val_error:.4f}"
+        self.result = f"val_loss {val_loss:.4f}" + ("" if math.isnan(val_error) else f" +- {val_error:.4f}")
         row = {"step": step, "val_loss": val_loss, "val_loss_error": val_error}
         if not meta["tokenizer"].get("chat"):
             row["val_bits_per_byte"] = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
@@ -853,7 +919,7 @@ class Log(Console):
         if text is None:
             launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
             resume = f"{launcher}train.py --out {self.config.out} --resume"
-            self.line(f"stopped at step {step} and saved; to continue: {resume}")
+            self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {resume}")
         else:
             self.line(f"\na sample:\n{text}\n\n{self.plot()}\n")
             self.line(f"{self.result} after {clock(time.monotonic() - self.started)}")
@@ -863,10 +929,9 @@ class Log(Console):
     def plot(self, width: int = 64, height: int = 8) -> str:
         """The losses of the run in characters, "." of steps and "o" of evaluations. Losses of the first steps that
         would leave little room for the others are "^" in the top line."""
-        rows = self.rows()
-        marks = [(row["step"], row["loss"], ".") for row in rows if "loss" in row]
-        marks += [(row["step"], row["val_loss"], "o") for row in rows if "val_loss" in row]
-        marks = [mark for mark in marks if math.isfinite(mark[1])]
+        rows, kinds = self.rows(), {"loss": ".", "val_loss": "o"}
+        marks = [(row["step"], row.get(key), mark) for key, mark in kinds.items() for row in rows]
+        marks = [mark for mark in marks if mark[1] is not None]
         low = min((loss for _, loss, _ in marks), default=0.0)
         high = max((loss for step, loss, _ in marks if step > self.config.steps / 20), default=low)
         lines = [[" "] * width for _ in range(height)]
@@ -918,9 +983,10 @@ def choose_machine(config: Config) -> tuple[Config, Machine]:
             dtype, dtype_reason = "bfloat16", "there are instructions for it"
     dtype, dtype_reason = from_rank_0((dtype, dtype_reason))
     compiled = device.type == "cuda" if config.compile is None else config.compile
+    hosts = from_all_ranks(socket.gethostname())
     on, off = "on (the first step may take a minute)", "off (--compile pays on CUDA, and in long runs elsewhere)"
     lines = {
-        "ranks": describe_ranks(device),
+        "ranks": f"{len(hosts)} on {', '.join(sorted(set(hosts)))}",
         "device": f"{device} ({device_reason})",
         "dtype": f"{dtype} ({dtype_reason})",
         "compile": on if compiled else off,
@@ -1002,28 +1068,40 @@ def check_same(what: str, mine: dict) -> None:
                 stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {other}, not {first}")
 
 
-def describe_ranks(device: torch.device) -> str:
-    """The number of ranks, their hosts, and the measured bandwidth of an all-reduce of 16 MiB."""
-    hosts = from_all_ranks(socket.gethostname())
-    text = f"{len(hosts)} on {', '.join(sorted(set(hosts)))}"
-    if len(hosts) > 1:
-        tensor = torch.zeros(2**22, device=device)
-        for _ in range(2):  # the first one sets up the connections
-            start = time.perf_counter()
-            dist.all_reduce(tensor)
-            float(tensor[0])  # waits for the device
-        moved = 2 * (len(hosts) - 1) / len(hosts) * tensor.nbytes  # sent and received by each rank
-        text += f", all-reduce at {moved / (time.perf_counter() - start) / 1e9:.3g} GB/s"
-    return text
+class Stop:
+    """Stops a run early: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, or when torchrun, the process `parent`, is dead.
+    Ranks finish their step; a process that was started alone gives it up, and ends at once with a second signal."""
 
+    def __init__(self, parent: int, log: Log):
+        self.parent, self.log, self.received, self.alone = parent, log, [], "RANK" not in os.environ
+        sender, receiver = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.fileno())
+        threading.Thread(target=self.answer, args=(sender, receiver), daemon=True).start()
+        for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows lacks the third
+            signal.signal(getattr(signal, name), lambda number, frame: self.received.append(number))
 
-def watch_for_stop(parent: int) -> Callable[[], bool]:
-    """Return a function that tells whether the run should stop early: after Ctrl-C, SIGTERM or SIGUSR1 to any rank, or
-    when torchrun, the process `parent`, has died. It gives the same answer on every rank."""
-    received, under_torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows lacks the third
-        signal.signal(getattr(signal, name), lambda number, frame: received.append(number))
-    return lambda: any_rank(bool(received) or (under_torchrun and os.getppid() != parent))
+    def answer(self, sender: socket.socket, receiver: socket.socket) -> None:
+        """In a thread, since the main one may be computing for minutes before it runs the function above."""
+        if receiver.recv(1):
+            how = "at the end of this step" if not self.alone else "without this step; a second signal ends the program"
+            self.log.line(f"stopping and saving, {how}")
+        if self.alone and (number := receiver.recv(1)):
+            os._exit(128 + number[0])  # what is on disk is whole
+
+    def requested(self) -> bool:
+        """Whether to stop at the end of this step: the same answer on every rank."""
+        return any_rank(bool(self.received) or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent))
+
+    def watched(self, micro_batches: range, what: str) -> Iterator[int]:
+        """Yield the micro-batches, unless a signal ends it. Shows on a terminal how far a long step has come."""
+        start = time.monotonic()
+        for done, micro_batch in enumerate(micro_batches):
+            if self.alone and self.received:
+                raise KeyboardInterrupt
+            if time.monotonic() > start + 1:
+                self.log.glimpse(f"{what}: {done} of {len(micro_batches)} micro-batches")
+            yield micro_batch
 
 
 def roll_call(store: dist.Store, refused: bool) -> list[int] | None:
@@ -1074,14 +1152,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def read_settings(path: str | Path) -> dict:
-    """The settings in a JSON file, except for the run's folder."""
+    """The settings in a JSON file, except for a run's folder and its place in the data."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         settings |= settings.pop("model", {})  # older files nest the settings of the model
     except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"cannot read settings from {path}: {error}")
-    settings.pop("out", None)
-    return settings
+    return {name: value for name, value in settings.items() if name not in ("out", "shift")}
 
 
 def build_config(given: dict) -> Config:
@@ -1118,7 +1195,7 @@ def launch(work: Callable, given: dict, *more) -> None:
     except SystemExit as end:
         status = end.code
     except KeyboardInterrupt:
-        status = "train.py: interrupted before the first step"
+        status = f"{Path(sys.argv[0]).name}: interrupted before the first step"
     except Exception as error:
         if world == 1 or torch.cuda.is_available():
             raise

@@ -30,6 +30,7 @@ import torch
 torch.set_num_threads(1)  # enough for tiny models, and much faster than two threads when the machine is busy
 
 import prepare
+import train
 from forked import run_script
 from model import read_checkpoint
 
@@ -66,13 +67,25 @@ def call(monkeypatch, tmp_path):
 
     def call_main(script, *arguments):
         monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
-        script.main()
-        for path in tmp_path.rglob(".lock"):
-            path.open().close()  # releases the lock on a run, as the end of a process does
+        try:
+            script.main()
+        finally:
+            for path in filter(Path.is_file, tmp_path.rglob(".lock")):
+                path.open().close()  # releases the lock on a run, as the end of a process does
+            if (descriptor := signal.set_wakeup_fd(-1)) >= 0:  # ends the thread that waits for signals
+                socket.socket(fileno=os.dup(descriptor)).shutdown(socket.SHUT_RDWR)
 
     yield call_main
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def alone():
+    """A process group of one, as main() of train.py makes it."""
+    train.start_processes(10)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
@@ -196,8 +209,8 @@ def run(finished_run, tmp_path, monkeypatch) -> Path:
 
 
 def rows(run: Path, key: str) -> dict[int, float]:
-    """{step: value} from metrics.jsonl; a step that appears twice is an error."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """{step: value} from metrics.jsonl; a step that appears twice is an error, and so is NaN, which is no JSON."""
+    found = [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
     pairs = [(row["step"], row[key]) for row in found if key in row]
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)

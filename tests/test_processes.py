@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import split
@@ -139,11 +140,32 @@ def test_a_sharded_run_builds_the_model_on_rank_0_alone_samples_and_knows_the_pe
 def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):
     ranks = Ranks(tmp_path, *SMALL, "--data", data, "--out", "r", "--steps", 10**6, n=2)
     wait_for_step(tmp_path / "r", 5)
-    os.kill(ranks.pid(1), signal.SIGUSR1)
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # torchrun passes on what a terminal has sent to each rank
+        os.kill(ranks.pid(1), number)
     printed = ranks.finish().printed
     step = max(rows(tmp_path / "r", "loss"))
     assert printed.count(f"stopped at step {step} and saved; to continue: torchrun ... train.py --out r --resume") == 1
     assert load_checkpoint(tmp_path / "r")[0]["step"] == step
+
+
+def test_a_process_that_computes_for_ever_answers_a_signal_and_ends_with_the_second(data, tmp_path):
+    """It waits in C, in a lock that it holds itself, so that Python cannot run a signal's function."""
+    change = """
+        import ctypes
+        def backward(self):
+            lock = ctypes.create_string_buffer(64)
+            open("waits", "w")
+            while True:
+                ctypes.CDLL(None).pthread_mutex_lock(lock)
+        train.Tensor.backward = backward
+    """
+    process = Ranks(tmp_path, *SMALL, "--data", data, "--out", "r", script=changed(tmp_path, change))
+    seen = [lambda: (tmp_path / "waits").exists(), lambda: "stopping and saving" in process.outputs[0][0].read_text()]
+    for happened in seen:
+        while not happened() and process.processes[0].is_alive():
+            time.sleep(0.01)
+        os.kill(process.pid(0), signal.SIGINT)
+    assert process.finish(128 + signal.SIGINT).stderr == ""
 
 
 def test_a_rank_that_refuses_its_input_speaks_for_all(data, tmp_path):
