@@ -326,7 +326,7 @@ def test_a_second_process_in_the_same_folder_is_refused_until_the_first_has_ende
 def test_a_run_whose_folder_cannot_be_written_is_refused(run, refused):
     (run / ".lock").unlink()
     (run / ".lock").mkdir()
-    assert "cannot write to" in refused(train, "--out", run, "--resume", "--steps", 25)
+    assert "run/.lock: Is a directory" in refused(train, "--out", run, "--resume", "--steps", 25)
 
 
 def test_another_weight_decay_takes_effect_on_resume(run, call, tmp_path):
@@ -566,10 +566,10 @@ USERS = ("film.mkv.partial", "film.damaged", "step-by-step.pt", "step-by-step.js
 def test_a_user_s_files_are_left_alone(call, refused, data, tmp_path):
     for folder in ("keepme", "other"):
         (tmp_path / folder).mkdir()
-        for name in (*USERS, "step-00000001.pt.partial"):
+        for name in (*USERS, "step-00000009.pt.partial"):
             (tmp_path / folder / name).touch()
     call(train, *TINY, "--data", data, "--out", "keepme", "--steps", 3, "--save_every", 1, "--keep", 1)
-    assert {*USERS, "step-00000001.pt.partial"} <= {path.name for path in (tmp_path / "keepme").iterdir()}
+    assert {*USERS, "step-00000009.pt.partial"} <= {path.name for path in (tmp_path / "keepme").iterdir()}
     (tmp_path / "other" / "metrics.jsonl").write_text("mine")
     assert "other already holds" in refused(train, *TINY, "--data", data, "--out", "other", "--resume")
 
@@ -760,7 +760,7 @@ def test_products_are_in_bfloat16_where_the_processor_has_it(call, data, tmp_pat
 def test_without_a_data_set_the_default_corpus_is_prepared(call, tmp_path, monkeypatch):
     prepared = prepare.prepare
     (tmp_path / "my.txt").write_text(words(500))
-    monkeypatch.setattr(prepare, "prepare", lambda inputs, out: prepared([*inputs, "my.txt"], out, "byte", 0.1))
+    monkeypatch.setattr(prepare, "prepare", lambda _, out, wait: prepared(["my.txt"], out, "byte", 0.1))
     call(train, *TINY, "--steps", 1)
     assert json.loads((tmp_path / "data" / "stdlib" / "meta.json").read_text())["sources"] == ["my.txt"]
 
