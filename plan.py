@@ -7,7 +7,6 @@ All settings of train.py are flags here too. Nothing else in the project needs t
 """
 
 import contextlib
-import itertools
 import math
 import sys
 import time
@@ -214,14 +213,14 @@ def step_here(model: GPT, data: train.Data, config: Config, machine: train.Machi
     doubled = [2**i for i in range(config.micro_batch.bit_length())]
     for rows in [1, *doubled] if machine.device.type == "cpu" else [config.micro_batch] * 3:
         small = config.changed(micro_batch=rows, batch_tokens=rows * dist.get_world_size() * config.seq_len)
-        times = [time.perf_counter()]
+        start = time.perf_counter()
         train.backward(parallel, data, small, machine, 0, lambda rows, what: rows).item()  # waits for the device
-        times.append(time.perf_counter())
+        middle = time.perf_counter()
         for optimizer in optimizers:
             optimizer.step()
-        float(train.whole(model.norm.weight)[0])  # waits as well
-        times.append(time.perf_counter())
-        passes, updates = (max(train.from_all_ranks(end - start)) for start, end in itertools.pairwise(times))
+        train.whole(model.norm.weight)[0].item()  # waits as well
+        times = middle - start, time.perf_counter() - middle
+        passes, updates = map(max, zip(*train.from_all_ranks(times)))  # of the slowest ranks
         if passes > 1:
             break
     return config.batch_tokens / small.batch_tokens * passes + updates, small
@@ -236,8 +235,8 @@ def local_plan(given: dict) -> None:
     model = train.build_model(config, machine, train.first_weights(config, meta, 0, state))
     seconds, measured = step_here(model, train_data, config, machine)
     evaluations = math.ceil(config.steps / config.eval_every) + bool(config.init)
-    evaluated = min(config.eval_tokens, meta["val"]["tokens"]) * evaluations
-    evaluation = evaluated * seconds / config.batch_tokens / 3  # a forward pass is a third of a step
+    tokens = min(config.eval_tokens, meta["val"]["tokens"]) * evaluations
+    evaluation = tokens / config.batch_tokens * seconds / 3  # a forward pass is a third of a step
     parts = memory_parts(model, config, config.shard)
     if config.device == "cpu" or not torch.accelerator.is_available():  # main memory holds more than the model
         with contextlib.suppress(ImportError):  # Windows has no such module

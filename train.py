@@ -157,8 +157,7 @@ RECIPES: dict[str, dict] = {
     "gpt2": dict(FROM_SCRATCH, data="data/gpt2", micro_batch=16),
 }
 # How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
-FINE_TUNING = {"epochs": 3.0, "weight_decay": 0.0}
-FINE_TUNING_TOKENS = 8192  # per step, or fewer if the data has few rows
+FINE_TUNING = {"epochs": 3.0, "batch_tokens": 8192, "weight_decay": 0.0}
 PUBLISHED_LR = 2e-5
 OPEN_SETTINGS = {"vocab_size", "seq_len", "dropout", "balance_loss", "router_z_loss"}  # of a trained model
 
@@ -342,9 +341,10 @@ def fine_tuning(given: dict, trained: dict) -> dict:
     for name in theirs:
         if (value := getattr(shape, name)) != (other := getattr(wanted, name)) and name not in OPEN_SETTINGS:
             fail(f"the model of --init {given['init']} has {name} {value}, not {other}: leave that setting out")
-    batch_tokens = FINE_TUNING_TOKENS if "micro_batch" in given else None
-    recipe = {**FINE_TUNING, "batch_tokens": batch_tokens, "lr": trained.get("lr", PUBLISHED_LR)}
-    return {**theirs, "seq_len": min(theirs["seq_len"], 1024), **recipe, **given}
+    recipe = {**FINE_TUNING, "lr": trained.get("lr", PUBLISHED_LR), "seq_len": min(theirs["seq_len"], 1024)}
+    if "micro_batch" not in given:
+        recipe["batch_tokens"] = None  # fine_tuning_batch() will choose
+    return {**theirs, **recipe, **given}
 
 
 def warn_of_rise(config: Config, step: int, state: dict | None) -> None:
@@ -482,9 +482,9 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
 
 
 def fine_tuning_batch(config: Config, n_windows: int) -> Config:
-    """The config with FINE_TUNING_TOKENS per step, or fewer, so that a pass over few rows still has about 16 steps."""
+    """The config with the usual batch, or a smaller one, so that a pass over few rows still has about 16 steps."""
     world = dist.get_world_size()
-    share = max(1, min(FINE_TUNING_TOKENS // config.seq_len, n_windows // 16) // world)  # rows of each rank
+    share = max(1, min(FINE_TUNING["batch_tokens"] // config.seq_len, n_windows // 16) // world)  # rows of each rank
     micro_batch = min(config.micro_batch, share)
     rows = share // micro_batch * micro_batch * world
     print(f"fine-tuning with {rows} of {n_windows:,} rows per step: --batch_tokens {rows * config.seq_len}")
@@ -812,8 +812,7 @@ class Log(Console):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(config.out, purge_step=step + 1)
-                # Its thread would print a traceback when the disk is full, of which record() tells.
-                threading.excepthook = lambda failed: None
+                threading.excepthook = lambda failed: None  # its thread's, when the disk is full: record() tells
 
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl, without those that a full disk has torn."""
@@ -828,9 +827,7 @@ class Log(Console):
         """Append a row to metrics.jsonl and to TensorBoard."""
         if dist.get_rank() > 0:
             return
-        for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row[name] = None  # JSON has no NaN
+        row = json.loads(json.dumps(row), parse_constant=lambda nan: None)  # JSON has no NaN
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, rows
+from conftest import MACHINE, ROOT, TINY, rows
 
 import plan
 import train
@@ -232,20 +233,11 @@ def test_a_plan_for_this_machine_leaves_no_trace_and_comes_close(call, capsys, d
 
 
 @pytest.mark.parametrize("more, evaluated", [("", 2), ("--init run --eval_tokens 600", 1800)])
-def test_a_plan_for_this_machine_adds_steps_evaluations_and_memory_up(
-    call, capsys, data, run, monkeypatch, more, evaluated
-):
+def test_the_plan_of_a_run_here_adds_its_parts_up(call, capsys, data, run, monkeypatch, more, evaluated):
     """At 20 tokens/s."""
-
-    def build_model(config, *_):
-        with torch.device("meta"):
-            return GPT(config)
-
     monkeypatch.setattr(plan, "step_here", lambda model, data, config, machine: (config.batch_tokens / 20, config))
-    monkeypatch.setattr(train, "build_model", build_model)
-    monkeypatch.setattr(train, "first_weights", lambda *_: {})
     n_val = json.loads((Path(data) / "meta.json").read_text())["val"]["tokens"]
-    flags = "--preset gpt2 --device cpu --dtype float32 --batch_tokens 16384 --tokens 65000 --eval_every 3 " + more
+    flags = "--device cpu --dtype float32 --batch_tokens 16384 --tokens 65000 --eval_every 3 " + more
     seen = figures(plan_of(call, capsys, "--data", data, *flags.split()))
     seconds = evaluated * (n_val if evaluated < 4 else 1) / 20 / 3
     assert seen["plan"] == [1] and seen["tokens"][0] == pytest.approx(65536, rel=0.01)
@@ -256,23 +248,19 @@ def test_a_plan_for_this_machine_adds_steps_evaluations_and_memory_up(
 
 @pytest.mark.parametrize("slow, measured", [(0.01, [1, 1, 2, 4, 8]), (0.3, [1, 1, 2, 4]), (5, [1])])
 def test_a_plan_measures_rows_until_they_take_a_second(alone, monkeypatch, slow, measured):
-    """Of `slow` seconds each; the optimizers take 3. A step has 64 rows."""
-    now, sizes = [0.0], []
+    """Each of a step's 64 rows takes `slow` seconds, and the optimizers 3."""
+    now, config = [0.0], train.Config(vocab_size=50, seq_len=16, batch_tokens=64 * 16)
 
-    def passed(seconds: float) -> None:
-        now[0] += seconds
-
-    def backward(parallel, data, config, *_):
-        sizes.append(config.micro_batch)
-        passed(slow * config.batch_tokens / 16)
+    def passing(seconds):
+        now.append(now[-1] + seconds)
         return torch.zeros(())
 
-    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(train, "backward", backward)
-    monkeypatch.setattr(train, "make_optimizers", lambda *_: [SimpleNamespace(step=lambda: passed(3))])
-    config = train.Config(vocab_size=50, seq_len=16, batch_tokens=64 * 16)
-    seconds, last = plan.step_here(GPT(config), None, config, SimpleNamespace(device=torch.device("cpu")))
-    assert seconds == pytest.approx(64 * slow + 3) and sizes == measured and last.micro_batch == measured[-1]
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
+    monkeypatch.setattr(train, "backward", lambda _, data, config, *more: passing(slow * config.batch_tokens / 16))
+    monkeypatch.setattr(train, "make_optimizers", lambda *_: [SimpleNamespace(step=lambda: passing(3))])
+    seconds, last = plan.step_here(GPT(config), None, config, MACHINE)
+    assert seconds == pytest.approx(64 * slow + 3) and last.micro_batch == measured[-1]
+    assert np.diff(now)[::2] == pytest.approx([slow * rows for rows in measured])
 
 
 def test_activations_are_counted_as_autograd_keeps_them():

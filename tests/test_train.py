@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_FLOPS, Ranks, assert_same, rows, shell, state_of, wait_for_step, words
+from conftest import MACHINE, TINY, TINY_FLOPS, Ranks, assert_same, rows, shell, state_of, wait_for_step, words
 
 import model
 import prepare
@@ -29,7 +29,6 @@ from model import GPT, Block, GPTConfig, load_checkpoint, model_settings
 from published import load_model
 
 
-MACHINE = train.Machine(torch.device("cpu"), contextlib.nullcontext(), False, None, {})
 UNWATCHED = lambda micro_batches, what: micro_batches  # noqa: E731
 
 
@@ -247,22 +246,11 @@ def test_a_short_evaluation_is_spread_over_the_held_out_text(alone, data):
     assert len(seen) == 10 and min(np.diff(seen)) >= windows.n_windows // 10 and max(seen) > 0.8 * windows.n_windows
 
 
-class OnMps(torch.Tensor):
-    """A tensor on a device without float64."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, arguments=(), more=None):
-        out = super().__torch_function__(function, types, arguments, more)
-        if function is torch.Tensor.cpu:
-            return out.as_subclass(torch.Tensor)
-        assert getattr(out, "dtype", None) != torch.float64
-        return out
-
-
-def test_an_evaluation_makes_no_float64_on_the_device(call, data, tmp_path, monkeypatch):
-    """A single window of held-out text has no standard error."""
-    forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda *given, **more: forward(*given, **more).as_subclass(OnMps))
+def test_an_evaluation_of_one_window_makes_no_float64_on_the_device_and_has_no_error(call, data, tmp_path, monkeypatch):
+    """MPS has no float64."""
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: setattr(tensor, "left", True) or tensor)
+    monkeypatch.setattr(torch.Tensor, "double", lambda tensor: double(tensor) if tensor.left else None)
     call(train, *TINY, "--data", data, "--out", "r", "--steps", 2, "--eval_tokens", 16)
     assert rows(tmp_path / "r", "val_loss_error") == {2: None} and rows(tmp_path / "r", "val_loss")[2] > 5
 
@@ -401,10 +389,9 @@ def test_init_begins_with_weights_and_a_recipe_of_its_own(run, call, data, tmp_p
     assert recipe.items() <= config.items()
 
 
-@pytest.mark.parametrize("n", [1, 12, 20, 100, 130, 1000, 10**6])
+@pytest.mark.parametrize("n", [1, 12, 100, 1000, 10**6])
 @pytest.mark.parametrize("world", [1, 3])
 def test_fine_tuning_makes_about_16_steps_of_few_rows(monkeypatch, n, world):
-    """Each rank has whole micro-batches."""
     monkeypatch.setattr(train.dist, "get_world_size", lambda: world)
     config = train.fine_tuning_batch(train.Config(batch_tokens=None, seq_len=100), n)
     rows = config.batch_tokens / 100
@@ -514,26 +501,19 @@ def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monk
     assert steps == [5, 10, 15] and [state_of(tmp_path / "r", step)["step"] for step in (10, 15)] == [10, 15]
 
 
-def test_metrics_that_cannot_be_written_do_not_stop_a_run(alone, tmp_path, capsys):
+def test_metrics_that_cannot_be_written_do_not_stop_a_run(alone, tmp_path, capsys, monkeypatch):
+    """A full disk ends TensorBoard's curves, which is said once, and no row that was written is called lost."""
     log = train.Log(train.Config(out=str(tmp_path)), MACHINE, None, 0, 0.0)
+    if log.board:
+        writer = type(log.board.file_writer.event_writer._async_writer._writer)
+        monkeypatch.setattr(writer, "write", lambda *_: open("/dev/full", "w", 1).write("\n"))
+        for step in (1, 2):
+            log.record(step=step, loss=1.0)
+        told = "TensorBoard's curves end at step 1: [Errno 28] No space left on device\n"
+        assert capsys.readouterr().err == told and len(rows(tmp_path, "loss")) == 2
     log.path = Path("/dev/full")
     log.record(step=7, loss=1.0)
     assert "the metrics of step 7 are lost: [Errno 28]" in capsys.readouterr().err
-
-
-def test_a_full_disk_ends_tensorboard_s_curves_once_and_no_row_is_called_lost(alone, tmp_path, capsys, monkeypatch):
-    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
-
-    def full(*_):
-        raise OSError("no room")
-
-    log = train.Log(train.Config(out=str(tmp_path)), MACHINE, None, 0, 0.0)
-    for name in ("write", "flush"):
-        monkeypatch.setattr(writer, name, full)
-    for step in (1, 2, 3):
-        log.record(step=step, loss=1.0)
-    assert capsys.readouterr().err == "TensorBoard's curves end at step 1: no room\n"
-    assert list(rows(tmp_path, "loss")) == [1, 2, 3]
 
 
 def damage(path: Path, how: str) -> None:
@@ -563,15 +543,12 @@ def test_a_damaged_best_json_is_replaced_and_harms_nothing(run, call, damaged):
 USERS = ("film.mkv.partial", "film.damaged", "step-by-step.pt", "step-by-step.json.partial")
 
 
-def test_a_user_s_files_are_left_alone(call, refused, data, tmp_path):
-    for folder in ("keepme", "other"):
-        (tmp_path / folder).mkdir()
-        for name in (*USERS, "step-00000009.pt.partial"):
-            (tmp_path / folder / name).touch()
+def test_a_user_s_files_are_left_alone(call, data, tmp_path):
+    (tmp_path / "keepme").mkdir()
+    for name in USERS + ("step-00000009.pt.partial",):
+        (tmp_path / "keepme" / name).touch()
     call(train, *TINY, "--data", data, "--out", "keepme", "--steps", 3, "--save_every", 1, "--keep", 1)
     assert {*USERS, "step-00000009.pt.partial"} <= {path.name for path in (tmp_path / "keepme").iterdir()}
-    (tmp_path / "other" / "metrics.jsonl").write_text("mine")
-    assert "other already holds" in refused(train, *TINY, "--data", data, "--out", "other", "--resume")
 
 
 def test_a_checkpoint_that_a_run_replaces_at_that_moment_is_not_called_damaged(run, monkeypatch, capsys):
