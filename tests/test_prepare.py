@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -417,26 +418,22 @@ def test_json_is_read_by_its_content_and_a_byte_order_mark_is_no_text(call, tmp_
     assert decoded(Path("data/t"), "train") + decoded(Path("data/t"), "val") == ["som", "e text"]
 
 
-def test_files_that_are_no_text_are_named_with_what_to_do_and_tables_and_control_tokens_too(refused, capsys, tmp_path):
-    files = {"a": b"%PDF-1.7", "b": b"PK\3\4", "c": "x".encode("utf-16"), "d": gzip.compress(b"x"), "e": b"caf\xe9"}
-    for name, content in (files | {"t.csv": b"a,b\n" * 9, "u.jsonl": b'{"text": "<|im_end|><|im_end|>"}'}).items():
-        (tmp_path / name).write_bytes(content)
-    refused(prepare, *files)
-    with pytest.raises(SystemExit):
-        prepare.prepare([*files, "u.jsonl"], "one", "byte")
+def test_a_file_that_is_no_text_is_refused_with_what_to_do(refused, tmp_path):
+    looks = {b"%PDF-1.7": "a PDF: pdftotext FILE", b"PK\3\4": "docx", gzip.compress(b"x"): "a compressed file: unpack"}
+    looks |= {"x".encode("utf-16"): "iconv -f UTF-16 -t UTF-8 FILE", b"caf\xe9": "iconv -f LATIN1 -t UTF-8 FILE"}
+    for content, told in looks.items():
+        (tmp_path / "a.txt").write_bytes(content)
+        assert told in refused(prepare, "a.txt")
+
+
+def test_tables_and_control_tokens_are_text_and_that_is_said(call, refused, capsys, tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n" * 9 + "<|im_end|><|im_end|> the end")
+    call(prepare, "t.csv", "--tokenizer", "byte", "--val_fraction", 0.1)
     printed = capsys.readouterr().err
-    for told in (
-        "a: not UTF-8 text, but a PDF: pdftotext FILE",
-        "b: not UTF-8 text, but a zip archive, as docx",
-        "c: not UTF-8 text, but UTF-16: iconv -f UTF-16 -t UTF-8 FILE",
-        "d: not UTF-8 text, but a compressed file",
-        "e: not UTF-8, but perhaps Latin-1: iconv -f LATIN1 -t UTF-8 FILE",
-        "read as ordinary characters: <|im_end|> in 1 documents (for conversations there is python chat.py --prepare)",
-        "a single document cannot be trained on and held out, with any --val_fraction: add others, or give --val_tail",
-    ):
-        assert told in printed
-    prepare.prepare(["t.csv"], "table", "byte")
-    assert "read as plain text, not as tables: t.csv\n" in capsys.readouterr().err
+    assert "read as plain text, not as tables: t.csv\n" in printed
+    assert "read as ordinary characters: <|im_end|> in 1 documents (" in printed
+    (tmp_path / "one.json").write_text('{"text": "alone"}')
+    assert "a single document cannot be trained on and held out" in refused(prepare, "one.json", "--tokenizer", "byte")
 
 
 @pytest.mark.parametrize("place, problem", [("x" * 250, "File name too long"), ("t.txt/x", "Not a directory")])
@@ -445,19 +442,8 @@ def test_a_place_where_nothing_can_be_is_one_sentence(refused, tmp_path, place, 
     for more in ("", "x" * 50):
         assert problem in refused(prepare, "t.txt", "--tokenizer", "byte", "--out", place + more)
         assert problem in refused(chat, "--prepare", "--tokenizer", "byte", "--out", place + more)
+    assert f"unknown tokenizer '{place}" in refused(prepare, "t.txt", "--tokenizer", place + more)
     assert place in refused(prepare, place + more, "--out", "o")
-    assert "unknown tokenizer" in refused(prepare, "t.txt", "--tokenizer", place + more)
-
-
-def forked(work) -> int:
-    """The id of a process that does some work, and writes what it prints to the file err."""
-    if pid := os.fork():
-        return pid
-    try:
-        sys.stderr = open("err", "w", buffering=1)
-        os._exit(work() or 0)
-    finally:
-        os._exit(1)
 
 
 def test_one_process_at_a_time_makes_a_data_set(refused, data, tmp_path):
@@ -470,18 +456,19 @@ def test_one_process_at_a_time_makes_a_data_set(refused, data, tmp_path):
             half.write_bytes(b"half")
             time.sleep(60)
 
-    holding = forked(hold)
+    holding, waiting = (multiprocessing.get_context("fork").Process(target=work) for work in (hold, make))
+    holding.start()
     while not half.exists():
         time.sleep(0.001)
     assert "another process is preparing data/text: wait for its end" in refused(prepare, text, *BYTES_AND_TAIL)
-    waiting = forked(make)
-    while "waiting for its end" not in Path("err").read_text() and not os.waitpid(waiting, os.WNOHANG)[0]:
-        time.sleep(0.001)
-    assert half.exists()
-    os.kill(holding, 9)
-    assert os.waitpid(holding, 0)[1] == 9 and os.waitpid(waiting, 0)[1] == 0
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive() and half.exists()
+    holding.kill()
+    waiting.join()
+    assert waiting.exitcode == 0 and decoded(out, "train")
     assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train-00000.npy", "val-00000.npy"]
     make()  # finds it
     with pytest.raises(SystemExit):
         late.write(lambda skipped: iter([]))
-    assert os.listdir("data") == ["text"] and decoded(out, "train")
+    assert os.listdir("data") == ["text"]
