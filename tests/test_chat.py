@@ -485,7 +485,7 @@ def test_fine_tuning_a_published_model_takes_1024_of_its_positions_and_a_small_r
     shape = GPTConfig(vocab_size=259, seq_len=40960, n_layer=1, n_head=1, n_embd=16)
     published.save_published(tmp_path / "theirs", shape, GPT(shape).state_dict())
     published.save_published_tokenizer(tmp_path / "theirs", BYTE)
-    call(train, "--init", "theirs", "--data", data, "--out", "r", "--stop_at", 1, "--dropout", 0.2)
+    call(train, "--init", "theirs", "--data", data, "--out", "r", "--stop_at", 1, "--dropout", 0.2, "--micro_batch", 8)
     expected = {"seq_len": 1024, "lr": 2e-5, "epochs": 3, "batch_tokens": 8192, "weight_decay": 0, "dropout": 0.2}
     assert json.loads(Path("r/config.json").read_text()).items() >= expected.items()
 
