@@ -110,7 +110,8 @@ def test_a_system_message_stays_first_and_a_history_comes_before_the_question():
 
 def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_path):
     extra = {"id": 1, "data_source": "x", "mood": "?", "rank": None}
-    records = [{"messages": talk(words(3, i), "yes <|im_end|>"), **extra} for i in range(60)]
+    answer = {"role": "assistant", "content": "yes <|im_end|>", "tone": "!"}
+    records = [{"messages": [*talk(words(3, i)), answer], **extra} for i in range(60)]
     records += [{"messages": talk("only a question")}] * 2 + [{"title": "x"}]
     records += [{"messages": [{"role": "narrator", "content": "x"}]}, {"question": ["x"], "answer": "y"}]
     records += [{"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}, *talk("", "y")[1:]]}]
@@ -135,7 +136,7 @@ def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_pat
         "weights other than 0 and 1; one has the keys question, answer, weight (2)",
         "answers depend on images, tool_calls; one has the keys question, answer, tool_calls, images (2)",
         "a history that is no list of [question, answer]",
-        "not used: key mood in 60 records\n",
+        "not used: key mood in 60 records, key tone in 60 records\n",
         "read as ordinary characters: <|im_end|> in 60 documents (",
         "records that are not valid JSON",
         "book.txt: not a file of conversations",

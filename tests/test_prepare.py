@@ -413,6 +413,7 @@ def test_json_is_read_by_its_content_and_a_byte_order_mark_is_no_text(call, tmp_
     for name, content in (contents | {"e.json.gz": json.dumps(records, indent=1)}).items():
         (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(content.encode()))
         assert [*prepare.records(tmp_path / name, None, skipped := prepare.Skipped())] == records and not skipped
+        assert prepare.is_container(Path(name))
     (tmp_path / "t.txt").write_text("\ufeffsome text", encoding="utf-8")
     call(prepare, "t.txt", "--tokenizer", "byte", "--val_fraction", 0.5)
     assert decoded(Path("data/t"), "train") + decoded(Path("data/t"), "val") == ["som", "e text"]
@@ -447,7 +448,8 @@ def test_a_place_where_nothing_can_be_is_one_sentence(refused, tmp_path, place, 
 
 
 def test_one_process_at_a_time_makes_a_data_set(refused, data, tmp_path):
-    """Others are refused, or wait and take over what a killed one has left. One that comes too late leaves nothing."""
+    """Others are refused, or wait until it is made or given up. What a killed one has left is in nobody's way, and one
+    that comes too late leaves nothing."""
     text, out, half = str(data.parent / "text.txt"), Path("data/text"), Path("data/text.partial/train-00009.npy")
     late, make = prepare.NewDataset([text], out, "byte", 0.1), partial(prepare.prepare, [text], out, "byte", wait=True)
 
@@ -457,18 +459,23 @@ def test_one_process_at_a_time_makes_a_data_set(refused, data, tmp_path):
             time.sleep(60)
 
     holding, waiting = (multiprocessing.get_context("fork").Process(target=work) for work in (hold, make))
+    with prepare.unfinished(half.parent, "", wait=False):
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    waiting.join()
+    assert waiting.exitcode == 0 and decoded(out, "train")
+    shutil.rmtree(out)
     holding.start()
     while not half.exists():
         time.sleep(0.001)
     assert "another process is preparing data/text: wait for its end" in refused(prepare, text, *BYTES_AND_TAIL)
-    waiting.start()
-    waiting.join(0.3)
-    assert waiting.is_alive() and half.exists()
+    assert half.exists()
     holding.kill()
-    waiting.join()
-    assert waiting.exitcode == 0 and decoded(out, "train")
+    holding.join()
+    make()
     assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train-00000.npy", "val-00000.npy"]
-    make()  # finds it
+    make()  # which finds it
     with pytest.raises(SystemExit):
         late.write(lambda skipped: iter([]))
     assert os.listdir("data") == ["text"]
