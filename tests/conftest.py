@@ -35,10 +35,8 @@ import train
 from forked import run_script
 from model import read_checkpoint
 
-# fmt: off
 WORDS = ["the", "a", "small", "model", "learns", "to", "write", "what", "it", "has", "read,", "one", "token", "after",
          "another;", "naïve", "café", "你好", "🙂\n"]
-# fmt: on
 TINY = split("--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4")
 TINY += ["--dtype", "float32"]  # so that results do not depend on the machine
 TINY_FLOPS = 6 * (2 * (3 * 32 * 32 + 3 * 32 * 128) + 32 * 259) + 12 * 2 * 32 * 16  # per token of `data`, by hand

@@ -18,7 +18,6 @@ import plan
 import train
 from model import GPT, PRESETS, load_checkpoint
 
-# fmt: off
 MEGASCALE = {
     "vocab_size": 51200, "seq_len": 2048, "n_layer": 96, "n_head": 96, "n_embd": 12288, "norm": "layer",
     "position": "learned", "qk_norm": False, "activation": "gelu", "gated": False, "bias": True, "tied": True,
@@ -27,7 +26,6 @@ PALM = {
     "vocab_size": 256000, "seq_len": 2048, "n_layer": 118, "n_head": 48, "n_kv_head": 1, "head_dim": 256,
     "n_embd": 18432, "n_inner": 73728, "tied": True, "qk_norm": False,
 }
-# fmt: on
 SHAPES = {**PRESETS, "megascale-175b": MEGASCALE, "palm-540b": PALM}
 RUNS = [  # shape, tokens in a step, device, number, published utilisation, published tokens per second
     ("gpt2", 524_288, "H100", 8, 0.40, 3.74e6),  # llm.c, 140 ms a step
@@ -106,7 +104,6 @@ SHORT = 2 * (GATHERED + SCATTERED + 2.1e-4) + 2 * (N / 2 * 63 / 64 / 50 + 63e-5)
 LLAMA = "--preset llama3-8b --n_layer 4 --gpus "
 
 
-# fmt: off
 @pytest.mark.parametrize("flags, line, numbers", [  # number of GPUs, other flags; a line; its (last) numbers
     ("8", "model", [N * 1e9, N * 1e9, FLOP * 1e9]),
     ("8 --n_expert 8", "model", [(N + 28 * EXPERT) * 1e9, (N + 4 * EXPERT) * 1e9, (FLOP + 24 * EXPERT) * 1e9]),
@@ -131,7 +128,6 @@ LLAMA = "--preset llama3-8b --n_layer 4 --gpus "
     ("8 --shard 8", "memory",
      [N / 2 + 4 * BLOCK + 6 * OUTSIDE, N / 2 + 6 * BLOCK + 4 * OUTSIDE, OPTIMIZER / 8, KEPT, LOGITS]),
 ])
-# fmt: on
 def test_the_figures_of_a_plan_are_those_counted_by_hand(call, capsys, flags, line, numbers):
     seen = figures(plan_of(call, capsys, *(LLAMA + flags).split()))[line]
     assert seen[-len(numbers) :] == pytest.approx(numbers, rel=0.01)
@@ -166,7 +162,6 @@ def test_checkpoints_are_saved_as_often_as_loses_the_least_time(call, capsys):
     assert seen["failures"] == pytest.approx([7.8, 600, 100 * lost[best]], rel=0.01)
 
 
-# fmt: off
 @pytest.mark.parametrize("flags, beyond, within, told", [
     ("8 --micro_batch 3 --batch_tokens 589824", "", "--shard 2", "it does not fit: use --shard 2"),
     ("8 --micro_batch 4", "", "--recompute", "fit: it takes 84 GB with any --shard; with --recompute 23 GB less"),
@@ -181,13 +176,11 @@ def test_checkpoints_are_saved_as_often_as_loses_the_least_time(call, capsys):
     ("8 --vocab_size", "1847000", "1846000", "extrapolated above 16B"),
     ("7", "", "--gpus 8", "warning"),
 ])
-# fmt: on
 def test_what_speaks_against_a_run_is_said_from_a_threshold_on(call, capsys, flags, beyond, within, told):
     seen = [plan_of(call, capsys, *f"{LLAMA} {flags} {more}".split()) for more in (beyond, within)]
     assert told in seen[0] and told not in seen[1]
 
 
-# fmt: off
 @pytest.mark.parametrize("flags, told", [
     ("--gpus 0", "--gpus 0"), ("--resume", "unrecognized arguments: --resume"), ("--gpus 8 --mfu 0", "--mfu 0.0"),
     ("--gpus 3 --shard 2", "--gpus 3 is not a multiple of --shard 2"), ("--gpus 8 --mfu 1.5", "--mfu 1.5"),
@@ -195,7 +188,6 @@ def test_what_speaks_against_a_run_is_said_from_a_threshold_on(call, capsys, fla
     ("--gpus 8 --epochs 1", "data/gpt2, which is missing: give --steps or --tokens"),
     ("--gpus 8 --preset toy", "data/stdlib is missing: give --vocab_size"),
 ])
-# fmt: on
 def test_a_plan_for_nothing_is_refused(refused, flags, told):
     assert told in refused(plan, "--preset", "gpt2", *flags.split())
 

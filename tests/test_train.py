@@ -649,58 +649,39 @@ WRONG = ["steps 0", "momentum 1.5", "skip_bad_steps -1", "warmup nan", "lr nan",
 WRONG += [f"seed {10**23}", "grad_clip -1.0", "timeout nan", "stop_at 999", "device meta", "device abacus"]
 
 
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["--no_such_flag", 1], "--no_such_flag"),
-        (["--steps", "many"], "--steps"),
-        *((split(f"--{wrong}"), wrong) for wrong in WRONG),
-        (["--preset", "gpt9"], "gpt9"),
-        (["--data", "data/nowhere"], "data/nowhere"),
-        (["--config", "nowhere.json"], "nowhere.json"),
-        (["--resume"], "there is no checkpoint in runs/"),
-        (["--init", "nowhere"], "no checkpoint"),
-        (["--batch_tokens", 100], "use 64 or 128"),
-        (["--batch_tokens", 10], "use 64"),
-        (["--n_embd", 30, "--n_head", 4], "n_embd 30 is not divisible by n_head 4"),
-        (["--vocab_size", 100], "vocabulary of 100"),
-        (["--seq_len", 4096, "--batch_tokens", 16384], "shorter than a window"),
-        (["--warmup", 0.7, "--decay", 0.7], "warmup 0.7"),
-        (["--out", "/proc/nowhere"], "/proc/nowhere"),
-        (["--out", ""], "--out is empty"),
-        (["--out", "x" * 300], "File name too long"),
-        (["--out", "x" * 300, "--resume"], "File name too long"),
-        (["--init", "x" * 300], "File name too long"),
-        (["--shard", 2], "1 processes cannot be divided into groups of --shard 2"),
-    ],
-)
+@pytest.mark.parametrize("arguments, told", [
+    (["--no_such_flag", 1], "--no_such_flag"), (["--steps", "many"], "--steps"),
+    *((split(f"--{wrong}"), wrong) for wrong in WRONG), (["--preset", "gpt9"], "gpt9"),
+    (["--data", "data/nowhere"], "data/nowhere"), (["--config", "nowhere.json"], "nowhere.json"),
+    (["--resume"], "there is no checkpoint in runs/"), (["--init", "nowhere"], "no checkpoint"),
+    (["--batch_tokens", 100], "use 64 or 128"), (["--batch_tokens", 10], "use 64"),
+    (["--n_embd", 30, "--n_head", 4], "n_embd 30 is not divisible by n_head 4"),
+    (["--vocab_size", 100], "vocabulary of 100"),
+    (["--seq_len", 4096, "--batch_tokens", 16384], "shorter than a window"),
+    (["--warmup", 0.7, "--decay", 0.7], "warmup 0.7"), (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    (["--out", ""], "--out is empty"), (["--out", "x" * 300], "File name too long"),
+    (["--out", "x" * 300, "--resume"], "File name too long"), (["--init", "x" * 300], "File name too long"),
+    (["--shard", 2], "1 processes cannot be divided into groups of --shard 2"),
+])
 def test_bad_input_is_one_sentence_before_the_first_step(refused, data, tmp_path, arguments, told):
     assert told in refused(train, *TINY, "--data", data, *arguments)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "settings, told",
-    [
-        ({"optimizer": "Muon"}, "optimizer 'Muon' is none of muon, adamw"),
-        ({"n_layer": 2.5}, "n_layer 2.5 is not of type int"),
-        ({"gated": "false"}, "gated 'false' is not of type bool"),
-        ({"steps": True}, "steps True is not of type int"),
-        ({"lr": "fast"}, "lr 'fast' is not of type float"),
-        ({"preset": ["toy"]}, "['toy']"),
-        ({"data": 5}, "data 5 is not of type str"),
-        ({"model": {"n_head": None}}, "n_head None is not of type int"),
-        ({"lr": 1e400}, "lr inf"),
-        ({"steps": 5, "model": {"n_layers": 3}}, "unknown setting n_layers"),
-        (["steps"], "cannot read settings from c.json"),
-    ],
-)
+@pytest.mark.parametrize("settings, told", [
+    ({"optimizer": "Muon"}, "optimizer 'Muon' is none of muon, adamw"),
+    ({"n_layer": 2.5}, "n_layer 2.5 is not of type int"), ({"gated": "false"}, "gated 'false' is not of type bool"),
+    ({"steps": True}, "steps True is not of type int"), ({"lr": "fast"}, "lr 'fast' is not of type float"),
+    ({"preset": ["toy"]}, "['toy']"), ({"data": 5}, "data 5 is not of type str"),
+    ({"model": {"n_head": None}}, "n_head None is not of type int"), ({"lr": 1e400}, "lr inf"),
+    ({"steps": 5, "model": {"n_layers": 3}}, "unknown setting n_layers"),
+    (["steps"], "cannot read settings from c.json"),
+])
 def test_a_settings_file_is_checked_as_flags_are(refused, tmp_path, settings, told):
     (tmp_path / "c.json").write_text(json.dumps(settings))
     assert told in refused(train, "--config", "c.json")
 
 
-# fmt: off
 DEFAULTS = {
     "data": "data/stdlib", "steps": 560, "epochs": None, "batch_tokens": 4096, "micro_batch": 8, "document_mask": False,
     "optimizer": "muon", "lr": 8e-3, "warmup": 0.02, "decay": 0.5, "weight_decay": 0.1, "momentum": 0.8, "grad_clip": 1,
@@ -714,7 +695,6 @@ RECIPES = {
     "shakespeare-quick": {"batch_tokens": 1536, "micro_batch": 24, "steps": 80, "lr": 3.2e-2, "decay": 0.7} | TEXT,
     "shakespeare": {"batch_tokens": 8192, "steps": 480, "weight_decay": 0.4} | TEXT,
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("preset", RECIPES)
