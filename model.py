@@ -401,7 +401,9 @@ class GPT(nn.Module):
             x = block(x, angles, mask, cache)
         if cache is not None:
             cache.tokens = so_far
-        logits = self.head(self.norm(x[:, -1:] if only_last else x)) * self.config.logit_scale
+        logits = self.head(self.norm(x[:, -1:] if only_last else x))
+        if self.config.logit_scale != 1:  # at 1 it would only read and write all logits once more
+            logits = logits * self.config.logit_scale
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
