@@ -65,10 +65,12 @@ class GPTConfig:
     norm_eps: float = 1e-6  # added to the variance in norms
     position: Literal["rope", "learned"] = "rope"  # rotary or learned positions
     rope_base: float = 10_000.0  # rotary wavelengths range from 2 pi to about 2 pi times this, in tokens
+    rope_factor: float | None = None  # slow rotations are this much slower, as in Llama 3.1 (default: no slower)
     qk_norm: bool = True  # normalise the queries and keys of each head
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"  # activation function of the MLP
     gated: bool = True  # multiply the MLP's activation by a second projection
     bias: bool = False  # biases in linear layers and LayerNorms
+    qkv_bias: bool = False  # biases of queries, keys and values, as in Qwen2
     n_expert: int | None = None  # experts, MLPs side by side in each block (default: a single MLP)
     n_expert_active: int = 2  # experts per token
     renormalise: bool = True  # scale the gates of a token's experts to sum to one
@@ -139,12 +141,21 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
 Angles = tuple[Tensor, Tensor]  # their cosines and sines [B, 1, T, D]
 
 
+def rotary_frequencies(config: GPTConfig, device="cpu") -> Tensor:
+    """Radians per token [D/2] of each pair of channels. With rope_factor (Llama 3.1), a pair that turns less than once
+    in 8,192 tokens, the length of Llama 3's sequences, is slowed down by this factor; one that turns more than four
+    times is not; in between, they are mixed."""
+    frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
+    if config.rope_factor is None:
+        return frequencies
+    kept = ((8192 * frequencies / (2 * math.pi) - 1) / 3).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / config.rope_factor)
+
+
 def rotary_angles(positions: Tensor, config: GPTConfig) -> Angles:
     """Cosine and sine [B, 1, T, D] of the angles by which RoPE (Su et al., 2021) rotates the channels of all heads at
     positions [B, T]. Channels i and i + D/2 are a point in the plane, rotated once every 2 pi base^(2i/D) tokens."""
-    D = config.head_dim
-    frequencies = config.rope_base ** (-torch.arange(0, D, 2, device=positions.device) / D)
-    angles = (positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
+    angles = (positions[:, None, :, None] * rotary_frequencies(config, positions.device)).repeat(1, 1, 1, 2)
     return angles.cos(), angles.sin()
 
 
@@ -226,9 +237,9 @@ class Attention(nn.Module):
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.layer, self.head_dim, self.dropout, self.grouped = layer, D, config.dropout, H != K
-        self.query = nn.Linear(C, H * D, bias=config.bias)
-        self.key = nn.Linear(C, K * D, bias=config.bias)
-        self.value = nn.Linear(C, K * D, bias=config.bias)
+        self.query = nn.Linear(C, H * D, bias=config.bias or config.qkv_bias)
+        self.key = nn.Linear(C, K * D, bias=config.bias or config.qkv_bias)
+        self.value = nn.Linear(C, K * D, bias=config.bias or config.qkv_bias)
         self.out = nn.Linear(H * D, C, bias=config.bias)
         self.query_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.key_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
@@ -523,6 +534,8 @@ def to_int8(model: GPT) -> None:
 GPT2 = dict(vocab_size=50257, seq_len=1024, norm="layer", norm_eps=1e-5, position="learned", qk_norm=False,
             activation="gelu_tanh", gated=False, bias=True, tied=True)
 LLAMA = dict(vocab_size=128256, seq_len=8192, n_kv_head=8, norm_eps=1e-5, rope_base=500_000.0, qk_norm=False)
+LLAMA32 = dict(LLAMA, seq_len=131072, rope_factor=32.0, tied=True)
+QWEN25 = dict(vocab_size=151936, seq_len=32768, rope_base=1_000_000.0, qk_norm=False, qkv_bias=True)
 QWEN3 = dict(vocab_size=151936, seq_len=40960, n_kv_head=8, head_dim=128, rope_base=1_000_000.0)
 MIXTRAL = dict(LLAMA, vocab_size=32000, seq_len=32768, rope_base=1_000_000.0, n_expert=8)
 GROK = dict(norm_eps=1e-5, qk_norm=False, activation="gelu_tanh", n_expert=8, renormalise=False, post_norm=True,
@@ -540,6 +553,11 @@ PRESETS: dict[str, dict] = {
     "llama3-8b": dict(LLAMA, n_layer=32, n_head=32, n_embd=4096, n_inner=14336),
     "llama3-70b": dict(LLAMA, n_layer=80, n_head=64, n_embd=8192, n_inner=28672),
     "llama3-405b": dict(LLAMA, n_layer=126, n_head=128, n_embd=16384, n_inner=53248),
+    "llama3.2-1b": dict(LLAMA32, n_layer=16, n_head=32, n_embd=2048, n_inner=8192),
+    "llama3.2-3b": dict(LLAMA32, n_layer=28, n_head=24, n_embd=3072, n_inner=8192),
+    "qwen2.5-0.5b": dict(QWEN25, n_layer=24, n_head=14, n_kv_head=2, n_embd=896, n_inner=4864, tied=True),
+    "qwen2.5-1.5b": dict(QWEN25, n_layer=28, n_head=12, n_kv_head=2, n_embd=1536, n_inner=8960, tied=True),
+    "qwen2.5-7b": dict(QWEN25, vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, n_embd=3584, n_inner=18944),
     "qwen3-0.6b": dict(QWEN3, n_layer=28, n_head=16, n_embd=1024, n_inner=3072, tied=True),
     "qwen3-1.7b": dict(QWEN3, n_layer=28, n_head=16, n_embd=2048, n_inner=6144, tied=True),
     "qwen3-4b": dict(QWEN3, n_layer=36, n_head=32, n_embd=2560, n_inner=9728, tied=True),

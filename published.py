@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import GPT, GPT2, GPTConfig, empty_model, load_checkpoint, model_settings, model_with
+from model import GPT, GPT2, GPTConfig, empty_model, load_checkpoint, model_settings, model_with, rotary_frequencies
 from prepare import exit_on, fail, write_json
 from tokenizer import DIGITS_PATTERN, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN
 from tokenizer import Template, Tokenizer, load_tokenizer, to_tokenizer_json
@@ -104,6 +104,7 @@ LLAMA_SETTINGS = {
     "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "head_dim": "head_dim", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
+    "rope_factor": "factor",
     "activation": "hidden_act", "tied": "tie_word_embeddings",
 }
 QWEN3_SETTINGS = LLAMA_SETTINGS | {"n_layer": "max_window_layers num_hidden_layers"}
@@ -128,6 +129,10 @@ LLAMA_MODULES = {
     "head": "lm_head",
 }
 LLAMA_REQUIRED = {"rope_type": "default", "type": "default", "sliding_window": None, "use_sliding_window": False}
+
+LLAMA31 = {  # how rotary positions are scaled with rope_factor: the only way that we can handle
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}
 
 FAMILIES: dict[str, Family] = {  # by the model_type in config.json; export takes the first of the best matches
     "gpt2": Family(
@@ -161,6 +166,13 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; export take
         settings=LLAMA_SETTINGS | {"bias": "attention_bias mlp_bias"},
         modules=LLAMA_MODULES,
         required=LLAMA_REQUIRED,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", "qwen2",
+        base={"qk_norm": False, "qkv_bias": True},
+        settings=QWEN3_SETTINGS,
+        modules=LLAMA_MODULES,
+        required={"rope_type": "default", "type": "default", "use_sliding_window": False},
     ),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", {}, QWEN3_SETTINGS, LLAMA_MODULES, LLAMA_REQUIRED),
     "qwen3_moe": Family(
@@ -237,6 +249,8 @@ def read_config(folder: Path) -> tuple[GPTConfig, Family]:
     family = FAMILIES.get(theirs["model_type"])
     if family is None:
         raise ValueError(f"{folder} holds a {theirs['model_type']!r}, none of {', '.join(FAMILIES)}")
+    if LLAMA31.items() <= theirs.items():
+        theirs["rope_type"] = "default"
     for name, value in family.required.items():
         if theirs.get(name, value) != value:
             raise ValueError(f"the {name} of {folder} is {theirs[name]!r}, for which there is no switch here")
@@ -315,6 +329,8 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], 
     for ours, names in family.settings.items():
         value = "gelu_new" if getattr(config, ours) == "gelu_tanh" else getattr(config, ours)
         theirs |= dict.fromkeys(names.split(), value)
+    if factor := theirs.pop("factor", None):
+        theirs["rope_scaling"] = {**LLAMA31, "factor": factor}
     tensors = {}
     for name, ours in layout(family.modules, model_with(config, weights)).items():
         tensor = torch.cat([weights[part] for part in ours])
@@ -414,6 +430,9 @@ def save_gguf(
     if config.position == "rope":
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_rope_freq_base(config.rope_base)
+    if config.rope_factor is not None:
+        slower = rotary_frequencies(config.changed(rope_factor=None)) / rotary_frequencies(config)
+        writer.add_tensor("rope_freqs.weight", slower.numpy())
     if config.n_expert:
         writer.add_expert_count(config.n_expert)
         writer.add_expert_used_count(config.n_expert_active)

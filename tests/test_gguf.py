@@ -25,6 +25,8 @@ FAMILIES = {
     "gpt2": {**models.GPT2, **SHAPE},
     "llama": {**models.LLAMA, **SHAPE, "n_kv_head": 2, "n_inner": 96, "tied": True},
     "llama-biases-wide-heads": {**models.LLAMA, **SHAPE, "n_kv_head": 4, "n_inner": 96, "bias": True, "head_dim": 24},
+    "llama-3.1": {**models.LLAMA, **SHAPE, "n_kv_head": 2, "n_inner": 96, "rope_factor": 8.0},
+    "qwen2": {**models.QWEN25, **SHAPE, "n_kv_head": 2, "n_inner": 96},
     "qwen3": {**SHAPE, "n_kv_head": 1, "head_dim": 32},
     "qwen3_moe": {**SHAPE, "n_kv_head": 2, "n_inner": 96, "n_expert": 4},
     "mixtral": {**models.MIXTRAL, **SHAPE, "n_kv_head": 2, "n_inner": 96, "n_expert": 6, "n_expert_active": 3},

@@ -19,7 +19,7 @@ SHAPE = {"vocab_size": 61, "seq_len": 24, "n_layer": 2, "n_head": 4, "n_embd": 3
 KINDS = {
     "today": dict(SHAPE, n_kv_head=2),
     "ngrams": dict(SHAPE, ngram_rows=50),
-    "tied": dict(SHAPE, tied=True, head_dim=6, n_inner=50),
+    "tied": dict(SHAPE, tied=True, head_dim=6, n_inner=50, qkv_bias=True, rope_factor=8.0),
     "gpt2": {**models.PRESETS["gpt2"], **SHAPE},
     "mixtral": {**models.PRESETS["mixtral-8x7b"], **SHAPE, "n_kv_head": 2, "n_inner": 24},
     "grok": {**models.PRESETS["grok-1"], **SHAPE, "n_kv_head": 2, "n_inner": 24, "embedding_scale": 3.0},
@@ -165,7 +165,9 @@ RELEASED = {  # parameters, layers, channels of all keys in a layer, and active 
     "qwen3-1.7b": (1_720_574_976, 28, 1024), "qwen3-4b": (4_022_468_096, 36, 1024),
     "qwen3-8b": (8_190_735_360, 36, 1024), "qwen3-14b": (14_768_307_200, 40, 1024),
     "qwen3-32b": (32_762_123_264, 64, 1024), "mixtral-8x7b": (46_702_792_704, 32, 1024, 12_879_925_248),
-    "grok-1": (315_684_820_992, 64, 1024, 83_756_587_008),
+    "grok-1": (315_684_820_992, 64, 1024, 83_756_587_008), "llama3.2-1b": (1_235_814_400, 16, 512),
+    "llama3.2-3b": (3_212_749_824, 28, 1024), "qwen2.5-0.5b": (494_032_768, 24, 128),
+    "qwen2.5-1.5b": (1_543_714_304, 28, 256), "qwen2.5-7b": (7_615_616_512, 28, 512),
 }
 
 

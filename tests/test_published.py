@@ -37,6 +37,8 @@ VARIANTS = {  # the first of each family is the golden one
     "llama": dict(LLAMA, rope_theta=500_000.0, rms_norm_eps=1e-5),
     "llama-tied-full-heads": dict(LLAMA, num_key_value_heads=4, tie_word_embeddings=True),
     "llama-biases-wide-heads": dict(LLAMA, attention_bias=True, mlp_bias=True, head_dim=12, hidden_act="gelu"),
+    "llama-3.1": dict(LLAMA, rope_parameters={**published.LLAMA31, "rope_theta": 1e4, "factor": 8.0}),
+    "qwen2": dict(LLAMA, tie_word_embeddings=True),
     "qwen3": dict(LLAMA, head_dim=16, tie_word_embeddings=True),
     "qwen3-untied-one-kv-head": dict(LLAMA, head_dim=6, num_key_value_heads=1, rms_norm_eps=1e-3),
     "qwen3_moe": dict(QWEN3_MOE, norm_topk_prob=True),
