@@ -15,7 +15,7 @@ A data set is a folder:
 In the shards, each document is followed by the token <|endoftext|>. A document is a text file, or one record of a
 .jsonl, .json (also with .gz) or .parquet file. Where the loss does not count all tokens (conversations, see chat.py),
 train-mask-00000.npy and so on tell which. The folder gets its name when it is complete; until then it is called
-data/mine.partial, and the process that makes it holds a lock on it.
+data/mine.partial, and only one process at a time can make it.
 
 Text is read in pieces of about a megabyte, so memory use stays small however large the input is:
 files -> documents -> pieces of text, each for one split -> token ids -> shards -> windows.
@@ -41,7 +41,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn, TextIO
@@ -65,7 +65,7 @@ NO_TEXT = {  # how files begin that hold text in another form, and how to get at
 PIECE_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 27
 BPE_SAMPLE_BYTES = 1 << 26  # a BPE tokenizer is trained on about this much text, sampled evenly from the input
-OUR_FILES = r"(train|val)(-mask)?-\d{5}\.npy|meta\.json(\.partial)?|\.lock"  # in a data set; others are a user's
+OUR_FILES = r"(train|val)(-mask)?-\d{5}\.npy|meta\.json(\.partial)?"  # in a data set; others are a user's
 
 CHAT_KEYS = {"messages", "conversations", "completion", "answer", "output"}  # of the records that chat.py reads
 
@@ -167,7 +167,6 @@ class NewDataset:
                 if not self.out.exists():
                     splits = self.encode(pieces)
                     self.partial.rename(self.out)
-                    (self.out / ".lock").unlink(missing_ok=True)
                 elif self.wait:
                     return
                 else:
@@ -657,14 +656,14 @@ def tolerate_streams() -> None:
         setattr(sys, name, stream)
 
 
-def lock(folder: Path, task: str, wait: bool = False) -> int | None:
-    """Lock a folder until the returned file is closed or the process ends, however that ends. If another process holds
-    the lock, wait for it or end the program."""
+def lock(path: Path, task: str, wait: bool = False) -> int | None:
+    """Lock a file until it is closed or the process ends, however that ends. If another process holds the lock, wait
+    for it or end the program."""
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -680,34 +679,19 @@ def lock(folder: Path, task: str, wait: bool = False) -> int | None:
 
 @contextmanager
 def unfinished(folder: Path, task: str, wait: bool) -> Iterator[None]:
-    """Create and lock a folder for unfinished data, without what a killed process may have left there. At the end it is
-    removed, unless it has been renamed: then another process may already have one of that name."""
-
-    def is_mine() -> bool:
-        with suppress(FileNotFoundError):
-            return file is None or os.path.samestat(os.fstat(file), os.stat(folder / ".lock"))
-        return False
-
-    def clear() -> None:
-        for path in folder.glob("[!.]*"):
-            path.unlink()
-
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # another process has renamed or removed the folder in this instant
-            file = lock(folder, task, wait)
-            if is_mine():
-                break
-            os.close(file)  # this process locked, perhaps after it waited, what is no longer here
+    """Create an empty folder for unfinished data, which one process at a time can have: what is there already is left
+    by a killed one. At the end the folder is removed, unless it has been renamed."""
+    beside = folder.with_name(f".{folder.name}.lock")  # the folder itself will be renamed
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    while (file := lock(beside, task, wait)) is not None and os.fstat(file).st_nlink == 0:
+        os.close(file)  # another process has removed the file while this one waited for it
     try:
-        clear()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         yield
     finally:
-        if is_mine():
-            clear()
-            (folder / ".lock").unlink(missing_ok=True)  # last, since without it the folder is another process's
-            with suppress(OSError):
-                folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.unlink(missing_ok=True)
         if file is not None:
             os.close(file)
 

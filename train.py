@@ -299,7 +299,7 @@ def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dic
     if resume:
         run = Path(out) if out else newest_run()
         with exit_on(OSError):
-            lock(run, f"training in {run}")
+            lock(run / ".lock", f"training in {run}")
         state, record = load_checkpoint(run)
         step, trained = state["step"], state["config"]
         print(f"resuming {record.with_suffix('')}, step {step}")
@@ -392,7 +392,7 @@ def open_folder(config: Config, meta: dict, step: int) -> Config:
                     Path(out := f"runs/{config.preset}-{next(numbers)}").mkdir()
                     config = config.changed(out=out)
             run = Path(config.out)
-            lock(run, f"training in {run}")
+            lock(run / ".lock", f"training in {run}")
             if step > 0 or (run / "config.json").exists():  # else the files in it are a user's
                 clear_folder(run, step)
             prepare.write_json(run / "config.json", config.given)

@@ -143,7 +143,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
     (["nowhere.txt"], b"", "no such file or folder: nowhere.txt"), (["a.txt"], b"", "a.txt: empty"),
     *((["a.txt", "--val_fraction", n], b"text", f"{n} is not between 0 and 1") for n in ("0.0", "1.0")),
     (["a.txt", "--out", "."], b"text", "--out ."),
-    (["a.txt", "--out", "a.txt/x"], b"text", "cannot make the data set a.txt/x: [Errno 20]"),
+    (["a.txt", "--out", "a.txt/x"], b"text", "cannot make the data set a.txt/x: [Errno 17]"),
     (["a.txt", "b.txt"], b"text", "raise --val_fraction, or give --val_tail"),
     (["http://127.0.0.1:9/x.txt"], b"", "could not fetch"),
 ])
@@ -437,7 +437,7 @@ def test_tables_and_control_tokens_are_text_and_that_is_said(call, refused, caps
     assert "a single document cannot be trained on and held out" in refused(prepare, "one.json", "--tokenizer", "byte")
 
 
-@pytest.mark.parametrize("place, problem", [("x" * 250, "File name too long"), ("t.txt/x", "Not a directory")])
+@pytest.mark.parametrize("place, problem", [("x" * 250, "File name too long"), ("t.txt/x", "File exists")])
 def test_a_place_where_nothing_can_be_is_one_sentence(refused, tmp_path, place, problem):
     (tmp_path / "t.txt").write_text(words(99))
     for more in ("", "x" * 50):
