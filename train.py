@@ -285,7 +285,7 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
 def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dict | None]:
     """What open_run returns, as rank 0 finds it; `newest` is the name of the newest checkpoint in the given folder.
     Raises ValueError, or ends the program, if the settings allow no start."""
-    out, step, state = given.get("out"), 0, None
+    out, step, state, before = given.get("out"), 0, None, None
     if out == "":
         fail("--out is empty")
     is_run = bool(out) and (newest or Path(out, "config.json").exists())
@@ -298,28 +298,18 @@ def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dic
             given = {**read_settings(Path(out, "config.json")), **given}
     if resume:
         run = Path(out) if out else newest_run()
-        with exit_on(OSError):
-            lock(run / ".lock", f"training in {run}")
+        lock(run / ".lock", f"training in {run}")
         state, record = load_checkpoint(run)
-        step, trained = state["step"], state["config"]
+        step = state["step"]
         print(f"resuming {record.with_suffix('')}, step {step}")
-        saved = {**trained, "stop_at": None, "out": str(run)}
-        if given.get("init", saved["init"]) != saved["init"]:
-            fail("--init starts a new run and --resume continues one: leave out one of them")
-        for name, value in given.items():
-            if name in saved and saved[name] != value:
-                print(f"changed by the command line: {name} from {saved[name]} to {value}")
-        written = read_settings(run / "config.json") if (run / "config.json").exists() else {}
-        for name in written.keys() & trained.keys() - given.keys():
-            if (value := written[name]) != trained[name]:
-                print(f"--resume ignores {name} {value} in config.json, for {trained[name]}: give it as --{name}")
-        given = {**saved, **given}
+        saved = {**state["config"], "stop_at": None, "out": str(run)}
+        say_what_changes(run, saved, given)
+        given, before = {**saved, **given}, build_config(saved)
     elif given.get("init"):
         state, _ = load_source(given["init"])
         given = fine_tuning(given, state["config"])
     config = build_config(given)
-    if step > 0:
-        before = build_config(saved)
+    if before:  # the data goes on where it was
         if (before.seq_len, before.seed) != (config.seq_len, config.seed):
             print("the order of the data changes: in this epoch some text may come twice, and some not at all")
         n_drawn = (step * before.batch_tokens + before.shift) // config.seq_len  # windows of the new length
@@ -331,6 +321,20 @@ def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dic
     if world % config.shard:
         fail(f"{world} processes cannot be divided into groups of --shard {config.shard}")
     return config, step, state
+
+
+def say_what_changes(run: Path, saved: dict, given: dict) -> None:
+    """Print which settings `given` change the `saved` ones of a run, and which that were written into its config.json
+    do not. Ends the program if --init is among them."""
+    if given.get("init", saved["init"]) != saved["init"]:
+        fail("--init starts a new run and --resume continues one: leave out one of them")
+    for name in sorted(saved.keys() & given.keys()):
+        if saved[name] != given[name]:
+            print(f"changed by the command line: {name} from {saved[name]} to {given[name]}")
+    written = read_settings(run / "config.json") if (run / "config.json").exists() else {}
+    for name in sorted(written.keys() & saved.keys() - {"stop_at", *given}):
+        if written[name] != saved[name]:
+            print(f"--resume ignores {name} {written[name]} in config.json, for {saved[name]}: give it as --{name}")
 
 
 def fine_tuning(given: dict, trained: dict) -> dict:
