@@ -641,7 +641,7 @@ def test_it_repeats_what_it_is_shown(call, capsys, monkeypatch, tmp_path):
              for _ in range(1500)]  # fmt: skip
     lines = [line for line in lines if not line["question"].startswith("a=b")]
     prepared(call, lines)
-    flags = ["--seq_len", 64, "--n_embd", 32, "--batch_tokens", 2048, "--micro_batch", 32, "--steps", 80]
+    flags = ["--seq_len", 64, "--n_embd", 32, "--batch_tokens", 2048, "--micro_batch", 32, "--steps", 50]
     call(train, "--data", "data/t", *flags, "--out", "r", "--lr", 2e-2, "--dtype", "float32")
     (tmp_path / "post.txt").write_text("a=b")
     out, _ = ask(call, capsys, monkeypatch, "r", "/post post.txt\na?\n")
@@ -681,7 +681,7 @@ def test_real_templates_are_rendered_id_for_id(name):
     system = {"role": "system", "content": "Be brief."}
     source = Path(prepare.__file__).read_text()
     rng = random.Random(0)
-    for trial in range(15):
+    for trial in range(6):
         turns = [
             source[(at := rng.randrange(len(source))) : at + rng.randrange(1, 200)].strip() or "x" for _ in range(5)
         ]
