@@ -295,7 +295,7 @@ def stdlib_conversations(files: list[Path], val_fraction: float) -> Iterator[tup
         mine = [post for post, facts in posts.items() if split_of(facts[0][1].encode(), val_fraction) == split]
         rng = random.Random(split)
 
-        def ask(fact: Fact, subject: str | None = None, rng=rng) -> str:
+        def ask(fact: Fact, subject: str | None = None, rng=rng) -> str:  # this split's rng
             return rng.choice(WAYS_TO_ASK[fact[0]]).format(subject or f"`{fact[1]}`")
 
         for post in mine:

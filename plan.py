@@ -1,7 +1,7 @@
 """Estimate what a run will take before it starts: time, memory, network traffic, failures.
 
-    python plan.py                                           this machine, from a few measured micro-batches
-    python plan.py --preset llama3-8b --gpus 8 --shard 8     a cluster, from published figures
+    python plan.py                                                       this machine, from measured micro-batches
+    python plan.py --preset llama3-8b --gpus 8 --shard 8 --recompute     a cluster, from published figures
 
 All settings of train.py are flags here too. Nothing else in the project needs this file.
 """

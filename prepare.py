@@ -312,7 +312,7 @@ def why_unusable(path: Path) -> str | None:
         if not path.is_file():
             return "not a regular file"
         with open(path, "rb") as file:
-            if not file.peek(1):
+            if not (head := file.peek(1)):
                 return "empty"
             if not is_container(path):
                 if looks := [look for beginning, look in NO_TEXT.items() if file.peek(8).startswith(beginning)]:
@@ -320,6 +320,8 @@ def why_unusable(path: Path) -> str | None:
                 for _ in codecs.iterdecode(iter(lambda: file.read(PIECE_BYTES), b""), "utf-8"):
                     pass
     except UnicodeDecodeError:
+        if b"\0" in head:
+            return "a binary file"
         return "not UTF-8, but perhaps Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW.txt"
     except OSError as error:
         return error.strerror or str(error)
@@ -644,7 +646,7 @@ def moved(flag: str, command: str) -> None:
     """End the program if its command line has a flag for what is a command of its own now, with that command."""
     if flag in sys.argv[1:]:
         rest = (argument for argument in sys.argv[1:] if argument != flag)
-        fail(f"this is another command now: python {command} {shlex.join(rest)}")
+        fail(f"this is another command now: python {shlex.join([*command.split(), *rest])}")
 
 
 def tolerate_streams() -> None:

@@ -8,7 +8,7 @@
     python chat.py                                           talk to a model that was trained on conversations
 
 Generation stops after --tokens tokens, before the --stop text, or when the model ends the document. When the text
-outgrows the model's context, the newest half of it is kept.
+outgrows the model's context, the model goes on from the newest half of it.
 """
 
 import argparse

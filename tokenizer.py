@@ -227,7 +227,7 @@ class Tokenizer:
 
     @property
     def n_text(self) -> int:
-        """The size of a vocabulary in which text has all that it needs: ordinary tokens and <|endoftext|>."""
+        """One more than the highest id in text: of ordinary tokens and <|endoftext|>."""
         return 1 + max(self.end_of_text, *self.ranks.values())
 
     @cached_property

@@ -8,7 +8,7 @@
     python train.py --init downloads/gpt2 --data data/mine      start from published weights, or from another run's
     python train.py --init runs/toy-1 --data data/chat          fine-tune it on conversations (chat.py --prepare)
     torchrun --standalone --nproc_per_node=8 train.py           train in 8 processes, on CPUs or GPUs
-    torchrun ... train.py --preset llama3-8b --shard 8          shard each copy of the model over 8 processes (FSDP2)
+    torchrun ... train.py --preset llama3-8b --shard 8 --recompute          share each copy of the model (FSDP2)
 
 A run is a folder with config.json, tokenizer.json, metrics.jsonl and checkpoints. Ctrl-C stops it and saves it. Apart
 from weights and optimizer state, the number of steps done is a run's only state: the batch and the dropout of the next
@@ -51,7 +51,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -186,7 +186,7 @@ def train(given: dict, resume: bool) -> None:
     saver, stop = Saver(config, meta, log, model, optimizers), Stop(parent, log)
     gc.enable()  # it was off while torch was imported
     n_skipped, saved, stopping, finished = 0, step, False, False
-    with contextlib.suppress(KeyboardInterrupt):  # of a step or an evaluation, which then counts as not begun
+    with contextlib.suppress(KeyboardInterrupt):  # of stop.watched: the step is not applied, an evaluation not logged
         if step == 0 and config.init:  # where fine-tuning starts
             log.evaluation(0, *evaluate(model, val_data, config, machine, stop.watched), meta)
         while step < config.stop_at and not stopping:
@@ -203,7 +203,7 @@ def train(given: dict, resume: bool) -> None:
             else:
                 n_skipped, problem = n_skipped + 1, log.bad_step(step, loss, grad_norm)
                 if n_skipped > config.skip_bad_steps:
-                    stop_all_ranks(saver.wait() or problem)
+                    stop_all_ranks(saver.wait() or problem)  # a save that failed matters more
             model.zero_grad()
             step += 1
 
@@ -229,7 +229,8 @@ def train(given: dict, resume: bool) -> None:
 
 def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machine", step: int, watched) -> Tensor:
     """Compute this rank's part of a step: the gradient of the mean loss over all targets of its batch, micro-batch by
-    micro-batch. Returns the loss, of which the mean over the ranks is that of the step."""
+    micro-batch. Returns the loss, of which the mean over the ranks is that of the step. `watched` yields the
+    micro-batches, or raises KeyboardInterrupt after a signal."""
     rank, world = dist.get_rank(), dist.get_world_size()
     n_drawn = (step * config.batch_tokens + config.shift) // config.seq_len
     n_rows = config.batch_tokens // config.seq_len  # of the whole step
@@ -238,7 +239,7 @@ def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machin
     first, end = rank * n_rows // world, (rank + 1) * n_rows // world  # this rank's
     loss = torch.zeros((), device=machine.device)
     for row in watched(range(first, end, config.micro_batch), f"step {step + 1:,}"):
-        dropout_seed = np.random.SeedSequence((config.seed, step, row))  # whichever rank computes the row
+        dropout_seed = np.random.SeedSequence((config.seed, step, row))  # the same on any rank
         torch.manual_seed(int(dropout_seed.generate_state(1)[0]))
         chosen = indices[row : row + config.micro_batch]
         inputs, targets, documents = on_device(data.get(chosen), machine.device)
@@ -310,6 +311,7 @@ def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dic
         given = fine_tuning(given, state["config"])
     config = build_config(given)
     if before:  # the data goes on where it was
+        check_shape(f"the model of {config.out}", before, config)
         if (before.seq_len, before.seed) != (config.seq_len, config.seed):
             print("the order of the data changes: in this epoch some text may come twice, and some not at all")
         n_drawn = (step * before.batch_tokens + before.shift) // config.seq_len  # windows of the new length
@@ -337,14 +339,19 @@ def say_what_changes(run: Path, saved: dict, given: dict) -> None:
             print(f"--resume ignores {name} {written[name]} in config.json, for {saved[name]}: give it as --{name}")
 
 
+def check_shape(what: str, trained: GPTConfig, wanted: GPTConfig) -> None:
+    """End the program if a setting that a trained model depends on is another one."""
+    for name in sorted(model_settings(asdict(trained)).keys() - OPEN_SETTINGS):
+        if (value := getattr(trained, name)) != (other := getattr(wanted, name)):
+            fail(f"{what} has {name} {value}, not {other}: leave that setting out")
+
+
 def fine_tuning(given: dict, trained: dict) -> dict:
     """The settings `given`, over those of --init: the shape of its model, but not how that was `trained`. Ends the
     program if `given` asks for another shape."""
     theirs = {**model_settings(trained), "dropout": GPTConfig.dropout}
     shape, wanted = GPTConfig(**theirs), GPTConfig(**{**theirs, **model_settings(given)})
-    for name in theirs:
-        if (value := getattr(shape, name)) != (other := getattr(wanted, name)) and name not in OPEN_SETTINGS:
-            fail(f"the model of --init {given['init']} has {name} {value}, not {other}: leave that setting out")
+    check_shape(f"the model of --init {given['init']}", shape, wanted)
     recipe = {**FINE_TUNING, "lr": trained.get("lr", PUBLISHED_LR), "seq_len": min(theirs["seq_len"], 1024)}
     if "micro_batch" not in given:
         recipe["batch_tokens"] = None  # fine_tuning_batch() will choose
@@ -408,15 +415,15 @@ def open_folder(config: Config, meta: dict, step: int) -> Config:
 
 def clear_folder(run: Path, step: int) -> None:
     """Remove from a run's folder what a process that was killed has left, and damaged checkpoints."""
+    try:
+        load_checkpoint(run / "best.json")  # says if it is damaged
+    except ValueError:
+        (run / "best.json").unlink(missing_ok=True)  # so that the next evaluation counts as the best
     for path in run.glob(f"{CHECKPOINT}.*"):
         if path.suffix == ".partial":
             path.unlink()
         elif path.suffix in (".pt", ".json") and path.stem > f"step-{step:08d}":  # damaged ones that were skipped
             path.rename(f"{path}.damaged")  # until the next checkpoint is whole
-    try:
-        load_checkpoint(run / "best.json")  # says if it is damaged
-    except ValueError:
-        (run / "best.json").unlink(missing_ok=True)  # so that the next evaluation counts as the best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -917,14 +924,16 @@ class Log(Console):
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
         if dist.get_rank() > 0:
             return
-        if text is None:
+        script = f"chat.py {self.config.out}" if is_chat else f"sample.py {self.config.out} --interactive"
+        if text is None and step == self.config.steps:
+            self.line(f"stopped in the last evaluation, after the last step was saved; next: python {script}")
+        elif text is None:
             launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
             resume = f"{launcher}train.py --out {self.config.out} --resume"
             self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {resume}")
         else:
             self.line(f"\na sample:\n{text}\n\n{self.plot()}\n")
             self.line(f"{self.result} after {clock(time.monotonic() - self.started)}")
-            script = f"chat.py {self.config.out}" if is_chat else f"sample.py {self.config.out} --interactive"
             self.line(f"the run is in {self.config.out}; next: python {script}")
 
     def plot(self, width: int = 64, height: int = 8) -> str:
@@ -977,7 +986,7 @@ def choose_machine(config: Config) -> tuple[Config, Machine]:
     """The config with the dtype chosen if it was open, and the machine."""
     with exit_on(ValueError):
         device, device_reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    dtype, dtype_reason = config.dtype, "as set"
+    dtype, dtype_reason = config.dtype, "of this run"
     if dtype == "auto":  # by a rule, not by a measurement, so that a command has the same result each time
         dtype, dtype_reason = "float32", "no instructions for bfloat16 here"
         if has_bfloat16(device):
@@ -1083,9 +1092,9 @@ class Stop:
             signal.signal(getattr(signal, name), lambda number, frame: self.received.append(number))
 
     def answer(self, sender: socket.socket, receiver: socket.socket) -> None:
-        """In a thread, since the main one may be computing for minutes before it runs the function above."""
+        """In a thread, since the main one may be computing for minutes before it calls the handler."""
         if receiver.recv(1):
-            how = "at the end of this step" if not self.alone else "without this step; a second signal ends the program"
+            how = "without an unfinished step; a second signal ends the program" if self.alone else "after this step"
             self.log.line(f"stopping and saving, {how}")
         if self.alone and (number := receiver.recv(1)):
             os._exit(128 + number[0])  # what is on disk is whole
@@ -1098,11 +1107,11 @@ class Stop:
         """Yield the micro-batches, unless a signal ends it. Shows on a terminal how far a long step has come."""
         start = time.monotonic()
         for done, micro_batch in enumerate(micro_batches):
-            if self.alone and self.received:
-                raise KeyboardInterrupt
             if time.monotonic() > start + 1:
                 self.log.glimpse(f"{what}: {done} of {len(micro_batches)} micro-batches")
             yield micro_batch
+            if self.alone and self.received:
+                raise KeyboardInterrupt
 
 
 def roll_call(store: dist.Store, refused: bool) -> list[int] | None:

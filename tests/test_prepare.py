@@ -422,6 +422,7 @@ def test_json_is_read_by_its_content_and_a_byte_order_mark_is_no_text(call, tmp_
 def test_a_file_that_is_no_text_is_refused_with_what_to_do(refused, tmp_path):
     looks = {b"%PDF-1.7": "a PDF: pdftotext FILE", b"PK\3\4": "docx", gzip.compress(b"x"): "a compressed file: unpack"}
     looks |= {"x".encode("utf-16"): "iconv -f UTF-16 -t UTF-8 FILE", b"caf\xe9": "iconv -f LATIN1 -t UTF-8 FILE"}
+    looks[b"\x80\0\1"] = "a binary file"
     for content, told in looks.items():
         (tmp_path / "a.txt").write_bytes(content)
         assert told in refused(prepare, "a.txt")

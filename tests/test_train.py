@@ -325,9 +325,10 @@ def test_another_weight_decay_takes_effect_on_resume(run, call, tmp_path):
     assert b < 0.9 * a
 
 
-@pytest.mark.parametrize(
-    "more, told", [(["--init", "run"], "leave out one of them"), (["--optimizer", "adamw"], "--optimizer muon")]
-)
+@pytest.mark.parametrize("more, told", [
+    (["--init", "run"], "leave out one of them"), (["--optimizer", "adamw"], "--optimizer muon"),
+    (["--rope_base", 99], "the model of run has rope_base 10000.0, not 99.0"),
+])
 def test_what_cannot_change_on_resume_is_refused(run, refused, more, told):
     assert told in refused(train, "--out", run, "--resume", "--steps", 22, *more)
 
