@@ -327,7 +327,7 @@ def test_another_weight_decay_takes_effect_on_resume(run, call, tmp_path):
 
 @pytest.mark.parametrize("more, told", [
     (["--init", "run"], "leave out one of them"), (["--optimizer", "adamw"], "--optimizer muon"),
-    (["--rope_base", 99], "the model of run has rope_base 10000.0, not 99.0"),
+    (["--rope_base", 99], "run has rope_base 10000.0, not 99.0: leave that setting out"),
 ])
 def test_what_cannot_change_on_resume_is_refused(run, refused, more, told):
     assert told in refused(train, "--out", run, "--resume", "--steps", 22, *more)
