@@ -328,11 +328,12 @@ class Conversations:
 
     def __init__(self, shards: list[np.ndarray], masks: list[np.ndarray], seq_len: int, separator: int):
         tokens, mask = np.concatenate(shards), np.concatenate(masks)
-        answer_ends = np.append(-1, np.flatnonzero(mask & ~np.append(mask[1:], False)))
+        # In u u a a # u a # (# separates conversations, a is learned) answers end at 3 and 6, conversations at 4 and 7.
+        answer_ends = np.append(-1, np.flatnonzero(mask & ~np.append(mask[1:], False)))  # -1: before all conversations
         stops = np.flatnonzero(tokens == separator)
         starts = np.append(0, stops[:-1] + 1)
         limits = np.minimum(stops, starts + seq_len + 1)
-        # The end of the last answer in each conversation, and of the last one that fits into a row.
+        # The last answer that ends before each stop, and before each limit: perhaps one of an earlier conversation.
         last, fitting = (answer_ends[np.searchsorted(answer_ends, limit) - 1] for limit in (stops, limits))
         fits = fitting >= starts
         self.n_cut, self.n_left_out = int(np.sum(fits & (fitting < last))), int(np.sum(~fits))

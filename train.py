@@ -932,7 +932,8 @@ class Log(Console):
             resume = f"{launcher}train.py --out {self.config.out} --resume"
             self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {resume}")
         else:
-            self.line(f"\na sample:\n{text}\n\n{self.plot()}\n")
+            title = "answers to held-out questions" if is_chat else "a sample"
+            self.line(f"\n{title}:\n{text}\n\n{self.plot()}\n")
             self.line(f"{self.result} after {clock(time.monotonic() - self.started)}")
             self.line(f"the run is in {self.config.out}; next: python {script}")
 
