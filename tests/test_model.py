@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,12 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def make(kind: str) -> GPT:
+def make(kind: str, std: float = 0.3) -> GPT:
     """A model with weights large enough for its outputs to differ clearly."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**KINDS[kind])).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.3)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
     return model
 
 
@@ -127,11 +126,8 @@ def test_each_block_begins_as_the_identity(kind):
 
 @every_kind
 def test_bfloat16_autocast_changes_logits_little(kind):
-    torch.manual_seed(0)
-    model, tokens = GPT(GPTConfig(**KINDS[kind])), random_tokens(2, 24)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    exact = model.eval()(tokens)
+    model, tokens = make(kind, std=0.1), random_tokens(2, 24)
+    exact = model(tokens)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(tokens)
     assert (rounded - exact).norm() < 0.05 * exact.norm()
@@ -140,8 +136,7 @@ def test_bfloat16_autocast_changes_logits_little(kind):
 @every_kind
 def test_one_batch_is_learned_by_heart(kind):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**KINDS[kind], "dropout": 0.0}))
-    tokens = random_tokens(2, 25)
+    model, tokens = GPT(GPTConfig(**KINDS[kind])), random_tokens(2, 25)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(60):
         optimizer.zero_grad()
@@ -187,10 +182,9 @@ def test_a_published_model_has_as_many_parameters_as_its_authors_released(call, 
 
 GROK_SIZES = {"vocab_size": "vocab_size", "n_layers": "n_layer", "n_q_heads": "n_head", "n_kv_heads": "n_kv_head",
               "d_model": "n_embd", "key_size": "head_dim", "d_ff": "n_inner"}
-GROK_NORMS = {"attn_norm_in": "attention_norm", "attn_norm_out": "attention_post_norm", "ffn_norm_in": "mlp_norm",
-              "ffn_norm_out": "mlp_post_norm"}
-GROK_MATRICES = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.out",
-                 "router": "mlp.router"}
+GROK_LAYER = {"attn_norm_in": "attention_norm", "attn_norm_out": "attention_post_norm", "ffn_norm_in": "mlp_norm",
+              "ffn_norm_out": "mlp_post_norm", "q": "attention.query", "k": "attention.key", "v": "attention.value",
+              "o": "attention.out", "router": "mlp.router"}
 
 
 def test_grok_computes_what_the_code_that_xai_released_computes_with_and_without_a_cache():
@@ -205,10 +199,8 @@ def test_grok_computes_what_the_code_that_xai_released_computes_with_and_without
     state = {f"{name}.weight": tensor("embedding") for name in ("embedding", "head")}
     state["norm.weight"] = tensor("final_norm")
     for i in range(c["n_layers"]):
-        for theirs, ours in GROK_NORMS.items():
-            state[f"blocks.{i}.{ours}.weight"] = tensor(f"layers.{i}.{theirs}")
-        for theirs, ours in GROK_MATRICES.items():
-            state[f"blocks.{i}.{ours}.weight"] = tensor(f"layers.{i}.{theirs}").T
+        for theirs, ours in GROK_LAYER.items():
+            state[f"blocks.{i}.{ours}.weight"] = tensor(f"layers.{i}.{theirs}").t()  # which leaves vectors as they are
         for e in range(c["n_experts"]):
             for part in ("gate", "up", "down"):
                 state[f"blocks.{i}.mlp.experts.{e}.{part}.weight"] = tensor(f"layers.{i}.expert_{part}")[e].T
@@ -242,8 +234,7 @@ def test_experts_equal_the_sum_over_all_experts_with_the_gates_of_the_unchosen_a
 
 
 def test_the_work_of_experts_grows_with_the_visited_ones_only():
-    experts = models.Experts(GPTConfig(n_embd=16, n_inner=8, n_expert=16, n_expert_active=2))
-    seen = []
+    experts, seen = models.Experts(GPTConfig(n_embd=16, n_inner=8, n_expert=16, n_expert_active=2)), []
     for expert in experts.experts:
         expert.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     experts(torch.randn(2, 50, 16))
@@ -259,14 +250,11 @@ def test_an_expert_that_no_token_visits_has_a_gradient_of_zero():
 
 
 def test_the_balance_loss_is_least_for_an_even_load():
-    config = GPTConfig(
-        n_head=1, n_embd=4, n_inner=8, n_expert=4, n_expert_active=1, balance_loss=1.0, router_z_loss=0.0
-    )
-    experts, losses = models.Experts(config), []
-    tokens = torch.eye(4)[None]
+    shape = dict(n_embd=4, n_head=1, n_inner=8, n_expert=4, n_expert_active=1)
+    experts, losses = models.Experts(GPTConfig(**shape, balance_loss=1.0, router_z_loss=0.0)), []
     for router in (torch.eye(4), torch.eye(4)[:1].expand(4, 4) + torch.arange(4)[:, None]):
-        experts.router.weight.data = 5.0 * router.clone()
-        experts(tokens)
+        experts.router.weight.data = 5.0 * router
+        experts(torch.eye(4)[None])
         losses.append(experts.router_loss.item())
     assert losses[0] == pytest.approx(1.0) and losses[1] > 2.0
 
@@ -317,17 +305,15 @@ def test_a_block_of_today_computes_its_equations():
 
 def test_ngram_embeddings_tell_the_last_three_tokens_and_nothing_else():
     """Table by table: the first tells the last two apart, both together the last three."""
-    ngrams = NgramEmbedding(GPTConfig(**SHAPE, ngram_rows=10_000))
+    ngrams, tokens = NgramEmbedding(GPTConfig(**SHAPE, ngram_rows=10_000)), random_tokens(1, 100) % 3
     for table in ngrams.tables:
         torch.nn.init.normal_(table.weight)
-    tokens = torch.randint(3, (1, 100), generator=torch.Generator().manual_seed(1))
     for n, tables in ((3, ngrams.tables), (2, ngrams.tables[:1])):
         ngrams.tables = tables
         added = ngrams(torch.zeros(1, 100, 32), tokens, torch.arange(100)[None])[0]
         seen = [tuple(tokens[0, max(0, t - n + 1) : t + 1].tolist()) for t in range(100)]
-        for one in range(100):
-            for other in range(one):
-                assert torch.equal(added[one], added[other]) == (seen[one] == seen[other])
+        for one, other in combinations(range(100), 2):
+            assert torch.equal(added[one], added[other]) == (seen[one] == seen[other])
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])
@@ -360,21 +346,15 @@ def test_samples_follow_the_softmax_of_the_logits():
     torch.testing.assert_close(drawn.bincount(minlength=4) / 20_000, expected, atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "how, possible, possible_of_another_row",
-    [
-        ({"temperature": 0}, {3}, {1}),
-        ({"temperature": 1, "top_k": 2}, {3, 0}, {1, 2}),
-        ({"temperature": 1, "top_k": 99}, {0, 1, 2, 3}, {0, 1, 2, 3}),
-        ({"temperature": 1, "top_p": 0.6}, {3}, {1, 2}),  # 3 alone has 0.64; in the other row 1 and 2 have 0.70
-        ({"temperature": 1, "top_p": 0.7}, {3, 0}, {1, 2, 3}),
-        ({"temperature": 0.5, "top_p": 0.7}, {3}, {1, 2}),  # lower temperatures make 3 likelier: 0.86
-        ({"temperature": 1, "top_p": 1.0}, {0, 1, 2, 3}, {0, 1, 2, 3}),
-    ],
-)
-def test_top_k_and_top_p_keep_just_the_likeliest_of_each_row(how, possible, possible_of_another_row):
+@pytest.mark.parametrize("temperature, limit, possible, possible_of_another_row", [
+    (0, {}, {3}, {1}), (1, {"top_k": 2}, {3, 0}, {1, 2}), (1, {"top_k": 99}, {0, 1, 2, 3}, {0, 1, 2, 3}),
+    (1, {"top_p": 0.6}, {3}, {1, 2}),  # 3 alone has 0.64; in the other row 1 and 2 have 0.70
+    (1, {"top_p": 0.7}, {3, 0}, {1, 2, 3}), (1, {"top_p": 1.0}, {0, 1, 2, 3}, {0, 1, 2, 3}),
+    (0.5, {"top_p": 0.7}, {3}, {1, 2}),  # lower temperatures make 3 likelier: 0.86
+])
+def test_top_k_and_top_p_keep_just_the_likeliest_of_each_row(temperature, limit, possible, possible_of_another_row):
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0], [4.0, 9.0, 8.9, 8.8]]).repeat(5000, 1)
-    drawn = sample_next(logits, generator=torch.Generator().manual_seed(0), **how).tolist()
+    drawn = sample_next(logits, temperature, **limit, generator=torch.Generator().manual_seed(0)).tolist()
     assert (set(drawn[::2]), set(drawn[1::2])) == (possible, possible_of_another_row)
 
 
