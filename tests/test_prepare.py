@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,12 +31,22 @@ from tokenizer import BYTES, END_OF_TEXT, GPT4_PATTERN, Part, Tokenizer, train_b
 BYTES_AND_TAIL = ["--tokenizer", "byte", "--val_tail", "--val_fraction", 0.2]
 
 
-def decoded(folder: Path, split: str) -> list[str]:
-    """The documents of a split, read back through meta.json."""
+def decoded(folder: str | Path, *splits: str) -> list[str]:
+    """The documents of splits, by default of both, read back through meta.json."""
     meta, shards = prepare.load_dataset(folder)
-    ids = np.concatenate([np.empty(0, np.uint16), *shards[split]])
-    text = Tokenizer.from_dict(meta["tokenizer"]).decode(ids.tolist())
-    return text.split(END_OF_TEXT)[:-1]
+    ids = np.concatenate([shard for split in splits or ("train", "val") for shard in shards[split]])
+    return Tokenizer.from_dict(meta["tokenizer"]).decode(ids.tolist()).split(END_OF_TEXT)[:-1]
+
+
+def write(files: dict[str, str | bytes]) -> None:
+    """Write files, and the folders that they are in, into the current folder."""
+    for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def jsonl(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2", "cl100k_base", "o200k_base"])
@@ -52,33 +63,21 @@ def test_text_cut_into_pieces_gives_the_same_tokens(name, monkeypatch):
     ranks = train_bpe(Counter(chunk for text in texts for chunk in regex.findall(pattern, text)), 1000)
     tokenizer = Tokenizer.of("cut", pattern, ranks)
     monkeypatch.setattr(prepare, "PIECE_BYTES", 500)
-    n_cuts = 0
     for text in texts:
         pieces = list(prepare.read_pieces(io.BytesIO(text.encode()), len(text.encode())))
-        n_cuts += len(pieces) - 1
-        assert "".join(pieces) == text
+        assert len(pieces) > 2 and "".join(pieces) == text
         assert [i for piece in pieces for i in tokenizer.encode(piece).tolist()] == tokenizer.encode(text).tolist()
-    assert n_cuts > 500
 
 
 # ---- documents
 
 
-def test_every_kind_of_file_gives_its_documents(call, tmp_path):
-    records = [{"text": f"record {i} {words(20, i)}"} for i in range(40)]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "in" / "deep").mkdir(parents=True)
-    (tmp_path / "in" / "deep" / "b.txt").write_text("from a folder")
-    (tmp_path / "in" / ".git").mkdir()
-    for hidden in (".hidden", ".git/config"):
-        (tmp_path / "in" / hidden).write_text("never read")
-    (tmp_path / "in" / "a.jsonl").write_text(lines)
-    with gzip.open(tmp_path / "in" / "c.jsonl.gz", "wt") as file:
-        file.write(lines.replace("record", "zipped"))
+def test_every_kind_of_file_gives_its_documents(call):
+    plain, zipped = ([f"{kind} {i} {words(20, i)}" for i in range(40)] for kind in ("plain", "zipped"))
+    write({"in/a.jsonl": jsonl(plain), "in/c.jsonl.gz": gzip.compress(jsonl(zipped).encode())})
+    write({"in/deep/b.txt": "from a folder", "in/.hidden": "never read", "in/.git/config": "never read"})
     call(prepare, "in", "--tokenizer", "byte", "--val_fraction", 0.2)
-    texts = [record["text"] for record in records]
-    expected = texts + [t.replace("record", "zipped") for t in texts] + ["from a folder"]
-    train, val = decoded(Path("data/in"), "train"), decoded(Path("data/in"), "val")
+    expected, train, val = [*plain, *zipped, "from a folder"], decoded("data/in", "train"), decoded("data/in", "val")
     assert sorted(train + val) == sorted(expected)
     assert len(val) > 0 and train == [text for text in expected if text not in val]
 
@@ -88,55 +87,48 @@ def test_parquet_gives_its_documents(call, tmp_path):
     texts = [words(20, i) for i in range(30)]
     parquet.write_table(pyarrow.table({"text": ["no"] * 30, "content": texts}), tmp_path / "x.parquet")
     call(prepare, "x.parquet", "--tokenizer", "byte", "--val_fraction", 0.3, "--field", "content")
-    assert sorted(decoded(Path("data/x"), "train") + decoded(Path("data/x"), "val")) == sorted(texts)
+    assert sorted(decoded("data/x")) == sorted(texts)
 
 
 @pytest.mark.parametrize("fraction, below, above", [([], 10300, 10567), (["--val_fraction", 0.5], 17449, 7711)])
-def test_the_split_of_a_document_depends_on_its_text_alone(call, tmp_path, fraction, below, above):
+def test_the_split_of_a_document_depends_on_its_text_alone(call, fraction, below, above):
     """Here on the first eight bytes of BLAKE2b(text), as a fraction of 2^64: below the default, 0.01, are "text 62"
     (0.0053) and "text 10300" (0.00992), not "text 10567" (0.01011) and "text 4" (0.78). So on any machine."""
     texts = [f"text {i}" for i in (4, below, 62, above)]
     for name, order in (("a", texts), ("b", texts[::-1] + texts)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in order))
+        write({f"{name}.jsonl": jsonl(order)})
         call(prepare, f"{name}.jsonl", "--tokenizer", "byte", *fraction)
-        assert decoded(Path("data", name), "val") == [text for text in order if text in texts[1:3]]
-        assert decoded(Path("data", name), "train") == [text for text in order if text not in texts[1:3]]
+        assert decoded(f"data/{name}", "val") == [text for text in order if text in texts[1:3]]
+        assert decoded(f"data/{name}", "train") == [text for text in order if text not in texts[1:3]]
 
 
 @pytest.mark.parametrize("fraction", [None, 0.1, 0.1001, 0.1002, 0.1003])  # cuts in the middle of a character, too
-def test_val_tail_holds_out_the_end_of_the_text_and_of_a_single_file_its_last_hundredth(call, tmp_path, fraction):
-    text = "你好🙂" * 1000
-    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+def test_val_tail_holds_out_the_end_of_the_text_and_of_a_single_file_its_last_hundredth(call, fraction):
+    write({"t.txt": (text := "你好🙂" * 1000)})
     call(prepare, "t.txt", "--tokenizer", "byte", *(["--val_tail", "--val_fraction", fraction] if fraction else []))
-    (train,), (val,) = decoded(Path("data/t"), "train"), decoded(Path("data/t"), "val")
+    train, val = decoded("data/t")
     assert train + val == text
     assert abs(len(val.encode()) - len(text.encode()) * (fraction or 0.01)) < 4
 
 
 def test_held_out_text_does_not_reach_the_tokenizer(call, tmp_path):
-    (tmp_path / "t.txt").write_text(words(2000) + " xyzzy" * 200)
+    write({"t.txt": words(2000) + " xyzzy" * 200})
     call(prepare, ".", "--tokenizer", "bpe:500", "--val_tail", "--val_fraction", 0.1)
     meta, _ = prepare.load_dataset(Path("data", tmp_path.name))  # the name of the current folder
     assert not any(b"xyz" in token for token in Tokenizer.from_dict(meta["tokenizer"]).ranks)
 
 
-def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "good.jsonl").write_text(
-        "".join(json.dumps({"text": words(9, i)}) + "\n" for i in range(30))
-        + '{"text": "\\ud800 lone"}\nnot json\n{"body": 1}\n{"text": 5}\n[]\n{"text": ""}\n'
-    )
-    (tmp_path / "in" / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "in" / "cut.txt").write_bytes("é".encode()[:1])
-    (tmp_path / "in" / "empty.txt").write_bytes(b"")
-    (tmp_path / "in" / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
+def test_files_without_usable_text_are_named_and_left_out(call, capsys):
+    texts, torn = [words(9, i) for i in range(30)], gzip.compress(jsonl(["x"] * 1000).encode())[:-20]
+    wrong = '{"text": "\\ud800 lone"}\nnot json\n{"body": 1}\n{"text": 5}\n[]\n{"text": ""}\n'
+    write({"in/good.jsonl": jsonl(texts) + wrong, "in/torn.jsonl.gz": torn})
+    write({"in/latin.txt": b"caf\xe9", "in/cut.txt": "é".encode()[:1], "in/empty.txt": b""})
     call(prepare, "in", "--tokenizer", "byte", "--val_fraction", 0.2)
     printed = capsys.readouterr().err
     wrong = ["without text in --field 'text'; one has the keys body (4)", "text that is no Unicode", "not valid JSON"]
     for told in (*wrong, "latin.txt: not UTF-8", "cut.txt: not UTF-8", "empty.txt: empty", "torn.jsonl.gz"):
         assert told in printed
-    documents = decoded(Path("data/in"), "train") + decoded(Path("data/in"), "val")
-    assert set(documents) - {"x"} == {words(9, i) for i in range(30)}
+    assert {*decoded("data/in")} - {"x"} == {*texts}
 
 
 @pytest.mark.parametrize("inputs, content, told", [
@@ -148,15 +140,14 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys, tmp_path
     (["http://127.0.0.1:9/x.txt"], b"", "could not fetch"),
 ])
 def test_input_that_gives_no_data_set_is_refused(refused, tmp_path, inputs, content, told):
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_bytes(content)
+    write({"a.txt": content, "b.txt": content})
     assert told in refused(prepare, *inputs, "--tokenizer", "byte")
     assert not list(tmp_path.glob("data/*/meta.json"))
 
 
 def test_a_preparation_that_is_interrupted_says_so_and_leaves_nothing(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", Mock(side_effect=KeyboardInterrupt))
-    (tmp_path / "a.txt").write_text(words(200))
+    write({"a.txt": words(200)})
     assert "interrupted: there is no data set in data/a yet" in refused(prepare, "a.txt", "--tokenizer", "byte")
     assert not list(tmp_path.glob("data/*"))
 
@@ -166,7 +157,7 @@ def test_a_second_preparation_writes_the_same_bytes_and_the_report_counts_them(r
     is one document."""
     texts = [words(600, i) for i in range(60)] + [words(240_000)]
     flags = ["--tokenizer", "bpe:300", "--val_fraction", 0.2, "--out"]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    write({"a.jsonl": jsonl(texts)})
     call(prepare, "a.jsonl", *flags, "out/1")
     printed = " ".join(capsys.readouterr().err.split())
     shell("prepare.py", "a.jsonl", *flags, "out/2", cwd=tmp_path)
@@ -177,7 +168,7 @@ def test_a_second_preparation_writes_the_same_bytes_and_the_report_counts_them(r
     meta, megabytes = json.loads(files["meta.json"]), sum(len(text.encode()) for text in texts) / 1e6
     assert f"the tokenizer: {megabytes:.1f} MB in" in printed and f"encoding: {megabytes:.1f} MB in" in printed
     for split in ("train", "val"):
-        documents, tokens = decoded(Path("out/1"), split), np.load(f"out/1/{split}-00000.npy")
+        documents, tokens = decoded("out/1", split), np.load(f"out/1/{split}-00000.npy")
         sizes = len(documents), sum(len(text.encode()) for text in documents), len(tokens)
         assert tuple(meta[split][key] for key in ("documents", "bytes", "tokens")) == sizes
         line = "{} {:,} documents {:,} bytes {:,} tokens, {:.2f} bytes per token"
@@ -190,13 +181,13 @@ def test_a_second_preparation_writes_the_same_bytes_and_the_report_counts_them(r
 # ---- shards
 
 
-def test_shards_follow_each_other_and_read_back(call, tmp_path, monkeypatch):
+def test_shards_follow_each_other_and_read_back(call, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 1000)
-    (tmp_path / "t.txt").write_text(words(2000), encoding="utf-8")
+    write({"t.txt": words(2000)})
     call(prepare, "t.txt", "--tokenizer", "byte", "--val_fraction", 0.1)
     _, shards = prepare.load_dataset("data/t")
     assert len(shards["train"]) > 5 and {len(s) for s in shards["train"][:-1]} == {1000}
-    assert "".join(decoded(Path("data/t"), "train") + decoded(Path("data/t"), "val")) == words(2000)
+    assert "".join(decoded("data/t")) == words(2000)
     plain = np.load("data/t/train-00001.npy")  # NumPy's own format: no mapping, no reader of ours
     assert plain.dtype == np.uint16 and np.array_equal(plain, shards["train"][1])
 
@@ -245,34 +236,30 @@ def test_a_data_set_with_the_right_hashes_can_still_be_wrong(data, tmp_path, cap
         assert told in capsys.readouterr().err
 
 
-def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(tmp_path, capsys):
-    (tmp_path / "big.txt").write_text(words(1_500_000), encoding="utf-8")
-    out = tmp_path / "data" / "big"
-    command = [sys.executable, str(ROOT / "prepare.py"), "big.txt", "--tokenizer", "byte", "--val_fraction", "0.1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not list(out.with_name("big.partial").glob("train-*.npy")):
+def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(call, capsys, tmp_path):
+    text, flags = words(50_000) * 30, ("big.txt", "--tokenizer", "byte", "--val_fraction", 0.1)
+    write({"big.txt": text})
+    process = Ranks(tmp_path, *flags, script=ROOT / "prepare.py")
+    while not list(tmp_path.glob("data/big.partial/train-*.npy")):
         time.sleep(0.001)
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    pytest.raises(SystemExit, prepare.load_dataset, out)
-    assert "meta.json: make the data set" in capsys.readouterr().err and not out.exists()
-    subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL, check=True)
-    assert "".join(decoded(out, "train") + decoded(out, "val")) == words(1_500_000)
+        assert process.processes[0].is_alive()
+    os.kill(process.pid(0), signal.SIGKILL)
+    process.finish(-signal.SIGKILL)
+    pytest.raises(SystemExit, prepare.load_dataset, "data/big")
+    assert "meta.json: make the data set" in capsys.readouterr().err and not Path("data/big").exists()
+    call(prepare, *flags)
+    assert "".join(decoded("data/big")) == text
 
 
 def test_memory_stays_small_however_large_the_input(tmp_path):
-    """Of 100 MB of text, one token a byte: reading it whole would take over 300 MB for text and tokens."""
-    megabyte = (words(200_000).encode()[: 10**6]).decode(errors="ignore")
-    (tmp_path / "big.txt").write_text(megabyte * 100, encoding="utf-8")
-    measure = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
+    """Of 40 MB of text, one token a byte: reading it whole would take over 300 MB for text and tokens."""
+    (tmp_path / "big.txt").write_text(words(50_000)[:200_000] * 200, encoding="utf-8")
+    measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+    measure += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     command = [sys.executable, "-c", measure, sys.executable, ROOT / "prepare.py", "big.txt", "--tokenizer", "byte"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     peak = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
-    assert os.path.getsize(tmp_path / "big.txt") >= 100_000_000 and peak < 200e6
+    assert os.path.getsize(tmp_path / "big.txt") >= 40_000_000 and peak < 200e6
 
 
 def test_help_says_what_the_script_does(call, capsys):
@@ -287,61 +274,50 @@ def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(
     functions = "".join(f'def {name}(a):\n    """Returns the {name} of all."""\n' for name in names)
     files = {"a.py": "text 2921", "b.py": "text 4152", "c/c.py": functions, "empty.py": "", "no.txt": "not Python"}
     left_out = ("test", "c/tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "c/__pycache__")
-    for name, text in (files | {f"{folder}/x.py": "left out" for folder in left_out}).items():
-        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "lib" / name).write_text(text)
+    files |= {f"{folder}/x.py": "left out" for folder in left_out}
+    write({f"lib/{name}": text for name, text in files.items()})
     monkeypatch.setattr(prepare.sysconfig, "get_path", {"stdlib": str(tmp_path / "lib")}.get)
     call(prepare)
     call(chat, "--prepare", "--tokenizer", "byte")
     assert prepare.load_dataset("data/stdlib")[0]["vocab_size"] == 4096
-    assert decoded(Path("data/stdlib"), "val") == ["text 2921"]
-    assert decoded(Path("data/stdlib"), "train") == ["text 4152", functions]
-    assert 20 < len(set(regex.findall("the ([a-z]+) of all", "".join(decoded(Path("data/chat"), "val"))))) < 60
+    assert decoded("data/stdlib", "val") == ["text 2921"]
+    assert decoded("data/stdlib", "train") == ["text 4152", functions]
+    assert 20 < len(set(regex.findall("the ([a-z]+) of all", "".join(decoded("data/chat", "val"))))) < 60
 
 
 # ---- what users bring
 
 
-def test_a_folder_that_is_not_ours_is_refused_and_its_files_stay(refused, tmp_path):
-    (tmp_path / "a.txt").write_text(words(100))
+def test_a_folder_that_is_not_ours_is_refused_and_its_files_stay(refused):
     for folder, out in (("photos", "photos"), ("other.partial", "other")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "train-images.npy").write_bytes(b"mine")
+        write({"a.txt": words(100), f"{folder}/train-images.npy": b"mine"})
         assert "choose another --out" in refused(prepare, "a.txt", "--tokenizer", "byte", "--out", out)
-        assert (tmp_path / folder / "train-images.npy").read_bytes() == b"mine"
+        assert Path(folder, "train-images.npy").read_bytes() == b"mine"
 
 
-def test_records_are_read_from_the_field_that_is_asked_for(refused, call, tmp_path, capsys):
-    texts = [words(9, i) for i in range(30)]
-    records = [{"content": text, "id": i} for i, text in enumerate(texts)]
+def test_records_are_read_from_the_field_that_is_asked_for(refused, call, capsys):
+    records = [{"content": words(9, i), "id": i} for i in range(30)]
     lines = "\n\n".join(map(json.dumps, records)) + "\n" + "[" * 100_000 + "\n"
-    (tmp_path / "a.JSONL").write_text(lines)
-    (tmp_path / "b.ndjson").write_text(lines)
-    (tmp_path / "c.json").write_text(json.dumps(records))
-    for name in ("a.JSONL", "b.ndjson", "c.json"):
+    for name, content in {"a.JSONL": lines, "b.ndjson": lines, "c.json": json.dumps(records)}.items():
+        write({name: content})
         told = refused(prepare, name, "--tokenizer", "byte")
         assert "one has the keys content, id" in told and "--field" in told
         call(prepare, name, "--tokenizer", "byte", "--field", "content", "--val_fraction", 0.2)
-        folder = Path("data", name[0])
-        assert sorted(decoded(folder, "train") + decoded(folder, "val")) == sorted(texts)
+        assert sorted(decoded(f"data/{name[0]}")) == sorted(record["content"] for record in records)
         skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
         assert len(skipped) == (name != "c.json") and not any("(" in line for line in skipped)  # the one nested line
 
 
 def test_links_are_followed_once_and_what_cannot_be_read_is_named(call, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "in" / "a.txt").write_text("first " + words(50))
-    (tmp_path / "elsewhere" / "b.txt").write_text("second " + words(50))
-    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
-    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(tmp_path / "in" / "fifo")
+    write({"in/a.txt": "first " + words(50), "elsewhere/b.txt": "second " + words(50)})
+    for link, target in (("linked", "elsewhere"), ("loop", "in"), ("dangling", "nowhere")):
+        Path("in", link).symlink_to(tmp_path / target)
+    os.mkfifo("in/fifo")
     call(prepare, "in", "in/a.txt", "--tokenizer", "byte", "--val_tail")
     printed = capsys.readouterr().err
-    assert "a.txt: given twice" in printed
-    assert "dangling: not a regular file" in printed and "fifo: not a regular file" in printed
-    assert [text.split()[0] for text in decoded(Path("data/in"), "train")] == ["first", "second"]
+    for told in ("a.txt: given twice", "dangling: not a regular file", "fifo: not a regular file"):
+        assert told in printed
+    assert [text.split()[0] for text in decoded("data/in", "train")] == ["first", "second"]
 
 
 class Site(BaseHTTPRequestHandler):
@@ -365,7 +341,7 @@ def test_each_url_gives_a_file_of_its_own_whole_and_fetched_once(call, refused, 
         call(prepare, *urls, *BYTES_AND_TAIL)
         server.shutdown()
     call(prepare, *urls, *BYTES_AND_TAIL, "--out", "data/again")
-    for folder in (Path("data/input"), Path("data/again")):
+    for folder in ("data/input", "data/again"):
         assert [site + text.split()[0] for text in decoded(folder, "train")] == urls
 
 
@@ -375,9 +351,8 @@ def test_a_pipe_is_read_as_a_file_is(tmp_path):
     process = Ranks(tmp_path, "-", "fifo", "b.txt", *BYTES_AND_TAIL, script=ROOT / "prepare.py", stdin="first")
     (tmp_path / "fifo").write_text("piped")
     process.finish()
-    folder = tmp_path / "data" / "pipe"
-    texts = [a + b for a, b in zip(decoded(folder, "train"), decoded(folder, "val"))]
-    assert texts == ["first", "piped", "second"]
+    train, val = (decoded(tmp_path / "data" / "pipe", split) for split in ("train", "val"))
+    assert [a + b for a, b in zip(train, val)] == ["first", "piped", "second"]
 
 
 def test_files_are_on_disk_before_anything_gets_a_name(call, data, monkeypatch, tmp_path):
@@ -405,42 +380,41 @@ def test_files_are_on_disk_before_anything_gets_a_name(call, data, monkeypatch, 
 # ---- nothing in silence
 
 
-def test_json_is_read_by_its_content_and_a_byte_order_mark_is_no_text(call, tmp_path):
+def test_json_is_read_by_its_content_and_a_byte_order_mark_is_no_text(call):
     """A record per line, or one value, which may begin on any line."""
     records = [{"text": f"{i} {words(5, i)}"} for i in range(30)]
     lines = "\ufeff" + "\n".join(map(json.dumps, records))
     contents = {"a.json": lines, "b.json.gz": lines, "c.ndjson.gz": lines, "d.json": f"\n{json.dumps(records)}"}
     for name, content in (contents | {"e.json.gz": json.dumps(records, indent=1)}).items():
-        (tmp_path / name).write_bytes((gzip.compress if name.endswith("gz") else bytes)(content.encode()))
-        assert [*prepare.records(tmp_path / name, None, skipped := prepare.Skipped())] == records and not skipped
+        write({name: gzip.compress(content.encode()) if name.endswith("gz") else content})
+        assert [*prepare.records(Path(name), None, skipped := prepare.Skipped())] == records and not skipped
         assert prepare.is_container(Path(name))
-    (tmp_path / "t.txt").write_text("\ufeffsome text", encoding="utf-8")
+    write({"t.txt": "\ufeffsome text"})
     call(prepare, "t.txt", "--tokenizer", "byte", "--val_fraction", 0.5)
-    assert decoded(Path("data/t"), "train") + decoded(Path("data/t"), "val") == ["som", "e text"]
+    assert decoded("data/t") == ["som", "e text"]
 
 
-def test_a_file_that_is_no_text_is_refused_with_what_to_do(refused, tmp_path):
+def test_a_file_that_is_no_text_is_refused_with_what_to_do(refused):
     looks = {b"%PDF-1.7": "a PDF: pdftotext FILE", b"PK\3\4": "docx", gzip.compress(b"x"): "a compressed file: unpack"}
     looks |= {"x".encode("utf-16"): "iconv -f UTF-16 -t UTF-8 FILE", b"caf\xe9": "iconv -f LATIN1 -t UTF-8 FILE"}
     looks[b"\x80\0\1"] = "a binary file"
     for content, told in looks.items():
-        (tmp_path / "a.txt").write_bytes(content)
+        write({"a.txt": content})
         assert told in refused(prepare, "a.txt")
 
 
-def test_tables_and_control_tokens_are_text_and_that_is_said(call, refused, capsys, tmp_path):
-    (tmp_path / "t.csv").write_text("a,b\n" * 9 + "<|im_end|><|im_end|> the end")
+def test_tables_and_control_tokens_are_text_and_that_is_said(call, refused, capsys):
+    write({"t.csv": "a,b\n" * 9 + "<|im_end|><|im_end|> the end", "one.json": '{"text": "alone"}'})
     call(prepare, "t.csv", "--tokenizer", "byte", "--val_fraction", 0.1)
     printed = capsys.readouterr().err
     assert "read as plain text, not as tables: t.csv\n" in printed
     assert "read as ordinary characters: <|im_end|> in 1 documents (" in printed
-    (tmp_path / "one.json").write_text('{"text": "alone"}')
     assert "a single document cannot be trained on and held out" in refused(prepare, "one.json", "--tokenizer", "byte")
 
 
 @pytest.mark.parametrize("place, problem", [("x" * 250, "File name too long"), ("t.txt/x", "File exists")])
-def test_a_place_where_nothing_can_be_is_one_sentence(refused, tmp_path, place, problem):
-    (tmp_path / "t.txt").write_text(words(99))
+def test_a_place_where_nothing_can_be_is_one_sentence(refused, place, problem):
+    write({"t.txt": words(99)})
     for more in ("", "x" * 50):
         assert problem in refused(prepare, "t.txt", "--tokenizer", "byte", "--out", place + more)
         assert problem in refused(chat, "--prepare", "--tokenizer", "byte", "--out", place + more)
