@@ -5,7 +5,8 @@ random weights; `python tests/test_published.py` writes those files anew.
 """
 
 import json
-import shutil
+import re
+import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, rows
+from test_model import random_tokens
 
 import model as models
 import prepare
@@ -31,9 +33,8 @@ QWEN3_MOE = dict(LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_in
 del QWEN3_MOE["intermediate_size"]
 VARIANTS = {  # the first of each family is the golden one
     "gpt2": dict(GPT2),
-    "gpt2-exact-gelu-narrow-untied": dict(
-        GPT2, n_head=2, n_inner=24, activation_function="gelu", tie_word_embeddings=False, layer_norm_epsilon=1e-3
-    ),
+    "gpt2-exact-gelu-narrow-untied": dict(GPT2, n_head=2, n_inner=24, activation_function="gelu",
+                                          tie_word_embeddings=False, layer_norm_epsilon=1e-3),
     "llama": dict(LLAMA, rope_theta=500_000.0, rms_norm_eps=1e-5),
     "llama-tied-full-heads": dict(LLAMA, num_key_value_heads=4, tie_word_embeddings=True),
     "llama-biases-wide-heads": dict(LLAMA, attention_bias=True, mlp_bias=True, head_dim=12, hidden_act="gelu"),
@@ -64,10 +65,6 @@ def theirs(variant: str):
 
 def load(folder: Path) -> models.GPT:
     return model_with(*load_published(folder)).eval()
-
-
-def random_tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -153,30 +150,26 @@ def test_a_second_copy_of_a_tied_head_is_passed_over(golden):
     assert model.head.weight is model.embedding.weight
 
 
-@pytest.mark.parametrize(
-    "config, weights, told",
-    [
-        ({"model_type": "bert"}, {}, "'bert', none of gpt2, llama"),
-        ({"model_type": "gpt2", "scale_attn_weights": False}, {}, "scale_attn_weights of .* is False"),
-        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, {}, "inverse_layer_idx of .* is True"),
-        ({"model_type": "gpt2", "add_cross_attention": True}, {}, "add_cross_attention of .* is True"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, {}, "rope_type of .* is 'llama3'"),
-        ({"sliding_window": 4096}, {}, "sliding_window of .* is 4096"),
-        ({"model_type": "qwen3", "use_sliding_window": True}, {}, "use_sliding_window of .* is True"),
-        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, {}, "decoder_sparse_step of .* is 2"),
-        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, {}, "mlp_only_layers of .* is \\[1\\]"),
-        *(({"model_type": f, "rope_scaling": {"type": "x"}}, {}, "type of .* is 'x'") for f in FAMILIES if f != "gpt2"),
-        ({"hidden_act": "relu"}, {}, "activation 'relu'"),
-        ({"num_hidden_layers": 10**9}, {}, "1000000000 layers cannot be filled from 21 tensors"),
-        ({"num_hidden_layers": 3}, {}, "misses model.layers.2.* and 8 other tensors"),
-        ({"num_hidden_layers": 1}, {}, "also holds model.layers.1.* and 8 other tensors"),
-        ({"hidden_size": 64}, {}, "model.embed_tokens.weight .* the shape \\[61, 32\\], not \\[61, 64\\]"),
-        ({}, {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "model.norm.weight .* torch.int8"),
-        ({}, {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "also holds .*q_proj.bias"),
-    ],
-)
-def test_what_cannot_be_taken_over_is_named(golden, config, weights, told):
-    folder, _, _ = golden(family if (family := config.get("model_type")) in FAMILIES else "llama")
+@pytest.mark.parametrize("family, config, weights, told", [
+    *((family, {name: value}, {}, f"{name} of .* is {re.escape(repr(value))}") for family, name, value in (
+        ("gpt2", "scale_attn_weights", False), ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("gpt2", "add_cross_attention", True), ("llama", "sliding_window", 4096),
+        ("qwen3", "use_sliding_window", True), ("qwen3_moe", "decoder_sparse_step", 2),
+        ("qwen3_moe", "mlp_only_layers", [1]),
+    )),
+    *((family, {"rope_scaling": {"type": "x"}}, {}, "type of .* is 'x'") for family in FAMILIES if family != "gpt2"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3"}}, {}, "rope_type of .* is 'llama3'"),
+    ("llama", {"model_type": "bert"}, {}, "'bert', none of gpt2, llama"),
+    ("llama", {"hidden_act": "relu"}, {}, "activation 'relu'"),
+    ("llama", {"num_hidden_layers": 10**9}, {}, "1000000000 layers cannot be filled from 21 tensors"),
+    ("llama", {"num_hidden_layers": 3}, {}, "misses model.layers.2.* and 8 other tensors"),
+    ("llama", {"num_hidden_layers": 1}, {}, "also holds model.layers.1.* and 8 other tensors"),
+    ("llama", {"hidden_size": 64}, {}, r"model.embed_tokens.weight .* the shape \[61, 32\], not \[61, 64\]"),
+    ("llama", {}, {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "model.norm.weight .* torch.int8"),
+    ("llama", {}, {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "also holds .*q_proj.bias"),
+])
+def test_what_cannot_be_taken_over_is_named(golden, family, config, weights, told):
+    folder, _, _ = golden(family)
     before = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(before | config))
     torch.save(torch.load(folder / "pytorch_model.bin") | weights, folder / "pytorch_model.bin")
@@ -246,8 +239,6 @@ def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, refused, ru
     assert rows(tmp_path / "on", "val_loss")[1] == pytest.approx(rows(run, "val_loss")[20], abs=1e-6)
 
 
-
-
 def test_a_published_folder_that_cannot_be_loaded_is_one_sentence(golden, refused):
     malicious = type("", (), {"__reduce__": lambda self: (Path.touch, (Path("executed"),))})
     folder, _, _ = golden("llama")
@@ -264,11 +255,8 @@ def test_a_published_folder_that_cannot_be_loaded_is_one_sentence(golden, refuse
 if __name__ == "__main__":
     for family in FAMILIES:
         reference, tokens = theirs(family), random_tokens(2, 20)
-        with torch.no_grad():
-            logits = reference(tokens).logits
-        folder = Path(f"{family}.tmp")
-        reference.save_pretrained(folder)
-        weights = {name: tensor.half().numpy() for name, tensor in published.open_tensors(folder).items()}
-        config = (folder / "config.json").read_text()
-        np.savez_compressed(GOLDEN / family, config=config, tokens=tokens, logits=logits, **weights)
-        shutil.rmtree(folder)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            reference.save_pretrained(folder)
+            weights = {name: tensor.half().numpy() for name, tensor in published.open_tensors(Path(folder)).items()}
+            weights |= {"config": Path(folder, "config.json").read_text(), "tokens": tokens}
+            np.savez_compressed(GOLDEN / family, logits=reference(tokens).logits, **weights)
