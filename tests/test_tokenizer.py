@@ -19,8 +19,10 @@ from tokenizer import BYTES, CHAT_TOKENS, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTER
 from tokenizer import byte_tokenizer, load_tokenizer, merge, named_tokenizer, to_tokenizer_json, train_bpe
 
 TRAINED = Tokenizer.of("bpe:400", GPT4_PATTERN, train_bpe(Counter(regex.findall(GPT4_PATTERN, words(3000))), 399))
+TEXTBOOK = Tokenizer.of("textbook", GPT4_PATTERN, train_bpe(Counter({"aaabdaaabac": 1}), 300))
 NORMALIZER, MERGES = '"normalizer": {"type": "%s"}, "version"', '"a a", "a b"'
 OF_MODELS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+TEXT = Path(models.__file__).read_text() + " naïve 你好🙂🙂 don't I'LL  12345678 \n\n\t x'7 8  9 x'\n "
 SWITCHES = ("lstrip", "rstrip", "single_word", "invert", "use_regex", "add_prefix_space")
 
 
@@ -62,15 +64,13 @@ def test_bpe_learns_the_merges_of_a_naive_reference(seed):
 def test_bpe_learns_the_textbook_example():
     """Gage's of 1994. In aaabdaaabac the pair a a is seen four times: aa is token 256. Then a b and aa a are seen twice
     each, and the one with smaller ids comes first: ab is 257. Then aa ab is seen twice: 258. No other pair is."""
-    ranks = train_bpe(Counter({"aaabdaaabac": 1}), 300)
-    assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
-    tokenizer = Tokenizer.of("textbook", GPT4_PATTERN, ranks)
-    assert tokenizer.encode("aaabdaaabac").tolist() == [258, ord("d"), 258, ord("a"), ord("c")]
+    assert list(TEXTBOOK.ranks)[256:] == [b"aa", b"ab", b"aaab"]
+    assert TEXTBOOK.encode("aaabdaaabac").tolist() == [258, ord("d"), 258, ord("a"), ord("c")]
 
 
 def test_bpe_learns_the_merges_of_a_published_trainer():
     rustbpe = pytest.importorskip("rustbpe", reason="pip install rustbpe to compare with a published trainer")
-    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:150]]
+    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:75]]
     published = rustbpe.Tokenizer()
     published.train_from_iterator(iter(texts), 1500, pattern=GPT4_PATTERN)
     counts = Counter(chunk for text in texts for chunk in regex.findall(GPT4_PATTERN, text))
@@ -110,7 +110,7 @@ def test_tokenizers_are_equal_that_give_equal_ids_and_one_extends_another_with_m
     assert not TRAINED.extends(like_trained(special=swapped)) and not TRAINED.extends(byte_tokenizer())
 
 
-def test_a_run_lends_its_tokenizer_without_its_checkpoints(run, data):
+def test_a_run_lends_its_tokenizer_without_its_checkpoints(run):
     for path in run.glob("step-*"):
         path.unlink()
     lent = named_tokenizer(str(run))
@@ -123,6 +123,11 @@ def test_a_run_lends_its_tokenizer_without_its_checkpoints(run, data):
 # ---- tokenizer.json
 
 
+def theirs_in(folder: Path):
+    """What Hugging Face's tokenizers make of tokenizer.json."""
+    return pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
 def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
     """Written by us, read by Hugging Face's tokenizers and by us, against tiktoken."""
     try:
@@ -130,15 +135,10 @@ def test_a_tokenizer_json_holds_the_tokenizer_of_gpt2(tmp_path):
     except ValueError:
         pytest.skip("tiktoken has not fetched it here")
     assert [*encoding.encode("Hello world"), encoding.end_of_text] == [15496, 995, 50256]  # as OpenAI published
-    tokenizers = pytest.importorskip("tokenizers")
     published.save_published_tokenizer(tmp_path, encoding)
-    text = Path(models.__file__).read_text() + " naïve 你好🙂🙂  12345678 \n\n\t x' I'LL don't\n "
-    ids = encoding.encode(text).tolist()
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.encode(text).ids == [50256, *ids]  # as sample.py begins a text
-    read = load_tokenizer(tmp_path)
-    assert read.encode(text).tolist() == ids
-    assert read.end_of_text == encoding.end_of_text
+    ids, read = encoding.encode(TEXT).tolist(), load_tokenizer(tmp_path)
+    assert (read.encode(TEXT).tolist(), read.end_of_text) == (ids, 50256)
+    assert theirs_in(tmp_path).encode(TEXT).ids == [50256, *ids]  # as sample.py begins a text
 
 
 @pytest.mark.parametrize("digits", [False, True])
@@ -149,13 +149,12 @@ def test_tokenizers_of_hugging_face_are_read(refused, tmp_path, digits):
     steps = tokenizers.pre_tokenizers
     theirs, byte_level = tokenizers.Tokenizer(tokenizers.models.BPE()), steps.ByteLevel(add_prefix_space=False)
     theirs.pre_tokenizer = steps.Sequence([steps.Digits(True), byte_level]) if digits else byte_level
-    text = Path(models.__file__).read_text() + " naïve 你好🙂🙂 don't  12345 \n\n\t x'7 8  9"
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, special_tokens=["<|endoftext|>"], show_progress=False)
-    theirs.train_from_iterator([text], trainer)
+    theirs.train_from_iterator([TEXT], trainer)
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     for start in ("", "a\x04b \x1d", "\x04"):
-        assert ours.encode(start + text).tolist() == theirs.encode(start + text).ids
+        assert ours.encode(start + TEXT).tolist() == theirs.encode(start + TEXT).ids
     plain = (tmp_path / "tokenizer.json").read_text()
     for name in ("individual_digits", "use_regex") if digits else ():
         (tmp_path / "tokenizer.json").write_text(plain.replace(f'"{name}": true', f'"{name}": false'))
@@ -164,32 +163,27 @@ def test_tokenizers_of_hugging_face_are_read(refused, tmp_path, digits):
 
 def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
     """Regular expressions there mean something else by {1,3}+ and $."""
-    tokenizers = pytest.importorskip("tokenizers")
     text = "12345678 " * 99 + "end \n\n\n  \n" * 99
     counts = Counter(regex.findall(GPT4_PATTERN, text) + ["12345678", " \n\n\n  \n"] * 99)
     ours = Tokenizer.of("digits", GPT4_PATTERN, train_bpe(counts, 300))
     published.save_published_tokenizer(tmp_path, ours)
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.encode(text).ids == [ours.end_of_text, *ours.encode(text).tolist()]
+    assert theirs_in(tmp_path).encode(text).ids == [ours.end_of_text, *ours.encode(text).tolist()]
 
 
 @pytest.mark.parametrize("place", [0, 300, 399], ids=["first", "in the middle", "last"])
 def test_control_tokens_keep_their_ids_wherever_they_stand_in_the_vocabulary(tmp_path, place):
-    tokenizers = pytest.importorskip("tokenizers")
     ranks = {token: rank + 3 * (rank >= place) for token, rank in TRAINED.ranks.items()}
     ours = Tokenizer.of("moved", GPT4_PATTERN, ranks, {token: place + i for i, token in enumerate(TRAINED.special)})
     text = "<|im_start|>user\nthe small<|im_end|>\n<|endoftext|>model"
     for begin in ([], [ours.end_of_text]):
         (tmp_path / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(ours, begin=bool(begin))))
-        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-        assert theirs.encode(text).ids == begin + ours.encode(text, control=True).tolist()
+        assert theirs_in(tmp_path).encode(text).ids == begin + ours.encode(text, control=True).tolist()
         assert load_tokenizer(tmp_path) == ours
 
 
 def textbook(folder: Path, old: str, new: str) -> None:
-    """Write the tokenizer of test_bpe_learns_the_textbook_example, with a change in tokenizer.json."""
-    ranks = train_bpe(Counter({"aaabdaaabac": 1}), 300)
-    published.save_published_tokenizer(folder, Tokenizer.of("textbook", GPT4_PATTERN, ranks))
+    """Write the tokenizer of the textbook's example, with a change in tokenizer.json."""
+    published.save_published_tokenizer(folder, TEXTBOOK)
     plain = json.dumps(json.loads((folder / "tokenizer.json").read_text()))
     assert old in plain
     (folder / "tokenizer.json").write_text(plain.replace(old, new))
@@ -219,5 +213,3 @@ def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, t
     textbook(tmp_path, old, new)
     (tmp_path / "a.txt").write_text("text")
     assert told in refused(prepare, "a.txt", "--tokenizer", tmp_path)
-
-
