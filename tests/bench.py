@@ -3,14 +3,13 @@ side by side, or set a measurement beside the limit or the prediction of the sam
 
     python tests/bench.py                          our own rows, about an hour on two cores
     python tests/bench.py --nanogpt DIR            beside a checkout of nanoGPT (its README's settings are for 3adf61e)
-    python tests/bench.py --only quick plan        some of them
+    python tests/bench.py --only quick start       some of them
     python tests/bench.py --nanogpt DIR --plot tests/curve.png    a picture of held-out loss against seconds instead
 
 Rows about Shakespeare read data/shakespeare, which the README prepares.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -24,10 +23,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from unittest import mock
 
 import numpy as np
@@ -37,7 +34,7 @@ from nodes import flaky_nodes, linked_nodes
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import plan as plan_file
+import plan
 import prepare
 import train
 from model import GPT, PRESETS, GPTConfig, generate, read_checkpoint, to_int8
@@ -51,46 +48,30 @@ NO_OUTPUT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 # Processes
 
 
-def watch(command: list[str], cwd: Path, threads: int | None = None) -> tuple[list[tuple[float, str]], float, float]:
-    """Run a command. Returns what it printed, each line with the second it came at; its seconds; and its peak bytes."""
+def watch(command: list[str], cwd: Path, threads: int | None = None) -> tuple[list[tuple[float, str]], float]:
+    """Run a command. Returns what it printed, each line with the second it came at, and its seconds."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads or os.cpu_count())}
     start = time.monotonic()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "encoding": "utf-8", "errors": "replace"}
     process = subprocess.Popen(list(map(str, command)), cwd=cwd, env=env, **pipes)
-    peaks = [0.0]
-
-    def poll() -> None:  # what wait4 tells would be at least this process's own peak
-        while process.poll() is None:
-            with contextlib.suppress(OSError):
-                found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-                peaks.append(1024 * float(found[1]) if found else 0.0)
-            time.sleep(0.05)
-
-    poller = Thread(target=poll)
-    poller.start()
     lines = [(time.monotonic() - start, line) for line in process.stdout]
-    status = process.wait()
-    seconds = time.monotonic() - start
-    poller.join()
-    if status:
+    if process.wait():
         sys.exit(f"{' '.join(map(str, command))} failed: run it by hand to see why")
-    return lines, seconds, max(peaks)
+    return lines, time.monotonic() - start
 
 
 def metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics; none of a plan's, which leaves no run."""
-    path = run / "metrics.jsonl"
-    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def ours(*arguments, processes=1, threads=None, script="train.py") -> tuple[list[dict], list, float, float]:
+def ours(*arguments, processes=1, threads=None) -> tuple[list[dict], list, float]:
     """Train in a folder of its own. Returns the rows of its metrics, and what watch() returns."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *launcher, ROOT / script, "--out", f"{folder}/run", *arguments]
+        command = [sys.executable, *launcher, ROOT / "train.py", "--out", f"{folder}/run", *arguments]
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"  # with --compile, each run compiles anew
-        lines, seconds, peak = watch(command, ROOT, threads)
-        return metrics(Path(folder, "run")), lines, seconds, peak
+        lines, seconds = watch(command, ROOT, threads)
+        return metrics(Path(folder, "run")), lines, seconds
 
 
 def speed(rows: list[dict]) -> float:
@@ -111,16 +92,12 @@ class NanoGPT:
 
     def train(self, *arguments: str) -> tuple[list[tuple[float, str]], float]:
         command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", *arguments]
-        return watch(command, self.folder)[:2]
+        return watch(command, self.folder)
 
     def readme_on_a_cpu(self) -> tuple[list[tuple[float, str]], float]:
         flags = "--compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
         flags += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
         return self.train(*flags.split())
-
-    def python(self, code: str) -> str:
-        """What a few lines print that import its model."""
-        return watch([sys.executable, "-c", code], self.folder)[0][-1][1]
 
 
 def curve(lines: list[tuple[float, str]]) -> list[tuple[float, float]]:
@@ -137,7 +114,7 @@ def to_loss(*flags: str) -> tuple[float, str]:
     """The median seconds of whole processes, one for each seed, and in words what they came to."""
     runs = [ours(*flags, "--seed", seed) for seed in SEEDS]
     losses = sorted([row["val_loss"] for row in rows if "val_loss" in row][-1] for rows, *_ in runs)
-    seconds = statistics.median(seconds for _, _, seconds, _ in runs)
+    seconds = statistics.median(seconds for _, _, seconds in runs)
     return seconds, f"{losses[1]:.4f} after {seconds:.1f} s ({losses[0]:.4f} to {losses[2]:.4f} for three seeds)"
 
 
@@ -165,7 +142,7 @@ def throughput(nano) -> tuple[str, str, str]:
     shape = "--n_layer 6 --n_head 6 --n_embd 384 --seq_len 256 --norm layer --norm_eps 1e-5 --position learned"
     shape += " --no-qk_norm --no-gated --activation gelu --tied --data data/shakespeare --optimizer adamw"
     flags = [*shape.split(), "--batch_tokens", 64 * 256, "--steps", 6, *QUIET, "--log_every", 1]
-    rows, *_ = ours(*flags)
+    rows = ours(*flags)[0]
     reached = speed(rows)
     share = f"{statistics.median(row['mfu'] for row in rows if 'mfu' in row):.0%} of the peak of products"
     if not nano:
@@ -218,33 +195,20 @@ def sampling(nano) -> tuple[str, str, str]:
     share = f"{one / limit:.0%} of the speed of reading its weights"
     if not nano:
         return "", told, share
-    theirs = float(nano.python(NANO_SAMPLES))
+    theirs = float(watch([sys.executable, "-c", NANO_SAMPLES], nano.folder)[0][-1][1])
     ratios = f"{one / theirs:.1f} x, 8 streams {eight / theirs:.1f} x; with --int8 {int8 / theirs:.1f} x; {share}"
     return f"{theirs:.1f} tokens/s", told, ratios
 
 
 def start(nano) -> tuple[str, str, str]:
     """From the command to the first step made"""
-    parts = {"import torch": [], "import train": [], "the run begins": [], "step 1 made": []}
+    imports, steps = [], []
     for _ in range(3):
-        parts["import torch"].append(watch([sys.executable, "-c", "import torch"], ROOT)[1])
-        parts["import train"].append(watch([sys.executable, "-c", "import train"], ROOT)[1])
-        _, lines, *_ = ours("--steps", 1, *QUIET)
-        parts["the run begins"].append(next(seconds for seconds, line in lines if line.startswith("compile")))
-        parts["step 1 made"].append(next(seconds for seconds, line in lines if re.match(r"step +1/", line)))
-    times = ", ".join(f"{what} {statistics.median(seconds):.1f}" for what, seconds in parts.items())
-    return "", f"seconds: {times}", "target: 3 s"
-
-
-def plan(nano) -> tuple[str, str, str]:
-    """What plan.py says of the main job beside what it then takes"""
-    _, lines, *_ = ours(script="plan.py")
-    said = "".join(line for _, line in lines)
-    minutes, seconds = re.search(r"time +(\d+):(\d+)", said).groups()
-    planned, memory = 60 * int(minutes) + int(seconds), float(re.search(r"memory +([\d.]+)", said)[1])
-    _, _, taken, peak = ours()
-    told = f"planned {planned} s and {memory:.2f} GB, took {taken:.0f} s and {peak / 1e9:.2f} GB"
-    return "", told, f"{planned / taken:.2f} of the time, {memory / peak * 1e9:.2f} of the memory"
+        imports.append(watch([sys.executable, "-c", "import torch"], ROOT)[1])
+        lines = ours("--steps", 1, *QUIET)[1]
+        steps.append(next(seconds for seconds, line in lines if re.match(r"step +1/", line)))
+    median = statistics.median
+    return "", f"{median(steps):.1f} s, {median(imports):.1f} of them to import torch", "target: 3 s"
 
 
 def network(nano) -> tuple[str, str, str]:
@@ -255,19 +219,19 @@ def network(nano) -> tuple[str, str, str]:
     with torch.device("meta"):
         model = GPT(config)
     told, ratios = [], []
-    for name, bits, connect, delay in (
-        ("100 Mbit/s", 1e8, partial(linked_nodes, 1e8), plan_file.HOP_SECONDS),
-        ("1 Gbit/s", 1e9, partial(linked_nodes, 1e9), plan_file.HOP_SECONDS),
-        ("50 ms and 1% of packets lost", 1e9, partial(flaky_nodes, 0.05, 0.01), 0.05),
+    for name, bits, link, delay in (
+        ("100 Mbit/s", 1e8, linked_nodes(1e8), plan.HOP_SECONDS),
+        ("1 Gbit/s", 1e9, linked_nodes(1e9), plan.HOP_SECONDS),
+        ("50 ms and 1% of packets lost", 1e9, flaky_nodes(0.05, 0.01), 0.05),
     ):
-        with connect() as nodes, tempfile.TemporaryDirectory() as folder:
+        with link as nodes, tempfile.TemporaryDirectory() as folder:
             script = [str(ROOT / "train.py"), "--out", f"{folder}/run", *flags]
             head, other = ([*node.torchrun("2"), *script] for node in nodes)
             with subprocess.Popen(other, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **NO_OUTPUT):
                 watch(head, ROOT, threads=1)
             measured = config.batch_tokens / speed(metrics(Path(folder, "run")))
-        with mock.patch.object(plan_file, "HOP_SECONDS", delay):
-            planned = compute + plan_file.traffic_seconds(model, config, 2, bits / 8, compute)[1]
+        with mock.patch.object(plan, "HOP_SECONDS", delay):
+            planned = compute + plan.traffic_seconds(model, config, 2, bits / 8, compute)[1]
         told.append(f"{name}: planned {planned:.2f}, took {measured:.2f}")
         ratios.append(f"{planned / measured:.2f}")
     return "", "; ".join(told), f"{', '.join(ratios)} of the time; {compute:.2f} without the link"
@@ -279,18 +243,16 @@ def checkpoint(nano) -> tuple[str, str, str]:
     state["model"] = {f"layer {i}": torch.ones(2**24) for i in range(64)}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
-        times = [time.monotonic()]
+        start = time.monotonic()
         train.save_checkpoint(Path(folder), 1, state, keep=1)
-        times.append(time.monotonic())
-        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        saved, more = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         read_checkpoint(Path(folder, "step-00000001.json"))
-        times.append(time.monotonic())
-    saved, read = times[1] - times[0], times[2] - times[1]
-    return "", f"saved in {saved:.1f} s, read and verified in {read:.1f} s", f"{more / 1e3:.0f} MB of memory to save"
+        told = f"saved in {saved - start:.1f} s, read and verified in {time.monotonic() - saved:.1f} s"
+    return "", told, f"{more / 1e3:.0f} MB of memory to save"
 
 
 ROWS = {row.__name__: row for row in (
-    start, quick, throughput, sampling, network, checkpoint, plan, minutes, shakespeare,
+    start, quick, throughput, sampling, network, checkpoint, minutes, shakespeare,
 )}
 
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -188,8 +189,7 @@ def lost_nodes(n: int) -> tuple[int, str]:
             lost.wait()
             began = time.monotonic()
             time.sleep(2)  # the steps that were being made
-            step = last_step("left")
-            wait_for_step(staying, "left", step + 1)
+            wait_for_step(staying, "left", last_step("left") + 1)
             alone.append(time.monotonic() - began)
             wrong += n_ranks() != 1
 
@@ -199,8 +199,7 @@ def lost_nodes(n: int) -> tuple[int, str]:
             while staying.poll() is None and returned.poll() is None and n_ranks() != 2:
                 time.sleep(0.1)
             back.append(time.monotonic() - began)
-            step = last_step("left")
-            wait_for_step(staying, "left", step + 20)
+            wait_for_step(staying, "left", last_step("left") + 20)
             for process in (staying, returned):
                 process.send_signal(signal.SIGTERM)
                 process.wait()
@@ -255,6 +254,7 @@ def refused(read: Callable) -> bool:
 
 def mutants(whole: bytes, n: int) -> Iterator[bytes]:
     """Random bytes, the file cut short, bytes and numbers in it changed."""
+    digits = [i for i in range(len(whole)) if whole[i : i + 1].isdigit()] or [0]
     for i in range(n):
         cut = random.randrange(len(whole))
         if i % 4 == 0:
@@ -267,7 +267,6 @@ def mutants(whole: bytes, n: int) -> Iterator[bytes]:
                 changed[random.randrange(len(whole))] = random.randrange(256)
             yield bytes(changed)
         else:
-            digits = [j for j in range(len(whole)) if whole[j : j + 1].isdigit()] or [0]
             at = random.choice(digits)
             other = random.choice([b"99999999999999", b"-1", b"null", b'"x"', b"1e99", b"[]"])
             yield whole[:at] + other + whole[at + 1 :]
@@ -276,45 +275,36 @@ def mutants(whole: bytes, n: int) -> Iterator[bytes]:
 def fuzz(n: int) -> tuple[int, str]:
     """Damage each file that is read, its SHA-256 made to match again: it is read, or refused with one sentence."""
     start("--out", "fuzzed", "--steps", 1).communicate()
-    model = load_model("fuzzed")[0]
+    model, tokenizer, *_ = load_model("fuzzed")
     Path("published").mkdir()
     published.save_published(Path("published"), model.config, model.state_dict())
-    published.save_published_tokenizer(Path("published"), load_model("fuzzed")[1])
-
-    def sign(path: Path, record: Path) -> None:
-        text = record.read_text()
-        old = next(part for part in text.split('"') if len(part) == 64)
-        record.write_text(text.replace(old, hashlib.sha256(path.read_bytes()).hexdigest()))
-
+    published.save_published_tokenizer(Path("published"), tokenizer)
     shutil.copy("fuzzed/config.json", "config.json")
-    checkpoint, record, meta = Path("fuzzed/step-00000001.pt"), Path("fuzzed/step-00000001.json"), Path("set/meta.json")
-    readers: list[tuple[Path, Path | None, Callable]] = [
-        (checkpoint, record, lambda: load_model("fuzzed")),
-        (record, None, lambda: load_model("fuzzed")),
-        (Path("set/train-00000.npy"), meta, lambda: prepare.load_dataset("set")),
-        (meta, None, lambda: prepare.load_dataset("set")),
-        (Path("config.json"), None, lambda: train.build_config(train.read_settings("config.json"))),
-        (Path("published/config.json"), None, lambda: load_model("published")),
-        (Path("published/model.safetensors"), None, lambda: load_model("published")),
-        (Path("published/tokenizer.json"), None, lambda: load_model("published")),
+    data = partial(prepare.load_dataset, "set")
+    run, folder = partial(load_model, "fuzzed"), partial(load_model, "published")
+    readers = [  # a file, what reads it, and the file that holds its SHA-256
+        ("fuzzed/step-00000001.pt", run, "fuzzed/step-00000001.json"), ("fuzzed/step-00000001.json", run, None),
+        ("set/train-00000.npy", data, "set/meta.json"), ("set/meta.json", data, None),
+        ("config.json", lambda: train.build_config(train.read_settings("config.json")), None),
+        *((f"published/{name}", folder, None) for name in ("config.json", "model.safetensors", "tokenizer.json")),
     ]
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     wrong = accepted = 0
-    for path, signature, read in readers:
-        whole, signed = path.read_bytes(), signature.read_bytes() if signature else b""
+    for name, read, record in readers:
+        path, whole, signed = Path(name), Path(name).read_bytes(), record and Path(record).read_text()
         for mutant in mutants(whole, -(-n // len(readers))):
             path.write_bytes(mutant)
-            if signature:
-                signature.write_bytes(signed)
-                sign(path, signature)
+            if record:
+                digest = f'"{hashlib.sha256(mutant).hexdigest()}"'
+                Path(record).write_text(re.sub('"[0-9a-f]{64}"', digest, signed, count=1))
             try:
                 accepted += not refused(read)
             except BaseException as error:  # noqa: BLE001
                 wrong += 1
                 print(f"  {path}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         path.write_bytes(whole)
-        if signature:
-            signature.write_bytes(signed)
+        if record:
+            Path(record).write_text(signed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return wrong, f"{n} damaged files: {wrong} tracebacks, {accepted} harmless, at most {peak:.1f} GB of memory"
 
