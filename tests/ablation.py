@@ -21,12 +21,9 @@ sys.path.insert(0, str(ROOT))
 from train import Config  # noqa: E402
 
 TAKEN_BACK = [
-    ("nothing", ""),
-    ("norm: LayerNorm, biases", "--norm layer --norm_eps 1e-5 --bias"),
-    ("positions: learned", "--position learned"),
-    ("attention: no QK-norm", "--no-qk_norm"),
-    ("MLP: GELU, not gated", "--no-gated --activation gelu_tanh"),
-    ("head: tied", "--tied"),
+    ("nothing", ""), ("norm: LayerNorm, biases", "--norm layer --norm_eps 1e-5 --bias"),
+    ("positions: learned", "--position learned"), ("attention: no QK-norm", "--no-qk_norm"),
+    ("MLP: GELU, not gated", "--no-gated --activation gelu_tanh"), ("head: tied", "--tied"),
     ("optimizer: AdamW", "--optimizer adamw"),
 ]
 SEEDS = (1, 2, 3)
@@ -40,10 +37,9 @@ def train(out: Path, flags: list[str]) -> tuple[float, str]:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         printed = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
         (out / "printed.txt").write_text(printed, encoding="utf-8")
-    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    printed = (out / "printed.txt").read_text(encoding="utf-8")
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
-    return losses[-1], printed.partition("model    ")[2].partition(" parameters")[0]
+    rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    n_params = (out / "printed.txt").read_text(encoding="utf-8").partition("model    ")[2].partition(" parameters")[0]
+    return [row["val_loss"] for row in rows if "val_loss" in row][-1], n_params
 
 
 def main() -> None:
@@ -54,8 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.data, "meta.json").exists():
         subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--out", args.data], check=True)
-    common = ["--data", args.data, "--steps", str(args.steps), "--eval_every", str(args.steps)]
-    common += ["--save_every", str(args.steps)]
+    common = ["--data", args.data, *(f"--{name}={args.steps}" for name in ("steps", "eval_every", "save_every"))]
 
     def measure(row: int) -> tuple[str, float, list[float]]:
         """The number of parameters, the best learning rate, and the loss with each seed."""

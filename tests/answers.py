@@ -27,9 +27,8 @@ from sample import continuations
 
 def kind_of(question: str) -> str:
     """The kind of fact that a question asks for."""
-    parts = {kind: [way.split("{}") for way in ways] for kind, ways in WAYS_TO_ASK.items()}
-    ways = ((kind, way) for kind, ways in parts.items() for way in ways)
-    return next(kind for kind, (a, b) in ways if question.startswith(a) and question.endswith(b))
+    ways = ((kind, *way.split("{}")) for kind, ways in WAYS_TO_ASK.items() for way in ways)
+    return next(kind for kind, start, end in ways if question.startswith(start) and question.endswith(end))
 
 
 def report(model, tokenizer, n: int) -> None:
@@ -50,8 +49,8 @@ def report(model, tokenizer, n: int) -> None:
                 if n_tokens < 1:
                     continue
                 steps = list(continuations(model, tokenizer, ids, 1, n_tokens, temperature=0))
-                answer = "".join(text for (text,) in steps), len(steps) <= n_tokens
-                rows[kind].append((answer[0] == messages[i]["content"], answer[1]))
+                answer = "".join(text for (text,) in steps)
+                rows[kind].append((answer == messages[i]["content"], len(steps) <= n_tokens))
                 if kind == "reading":
                     asked = messages[0]["content"].partition("\n\n")[2]
                     rows[f"reading, {kind_of(asked)}"].append(rows[kind][-1])
@@ -72,8 +71,8 @@ def time_cache(model, tokenizer) -> None:
             if len(ids) + 16 > min(model.config.seq_len, 2048):
                 break
             start = time.perf_counter()
-            more = {"cache": cache} if keep else {}
-            text = "".join(t for (t,) in continuations(model, tokenizer, ids, 1, 16, temperature=0, **more))
+            steps = continuations(model, tokenizer, ids, 1, 16, temperature=0, cache=cache if keep else None)
+            text = "".join(text for (text,) in steps)
             speeds.append(16 / (time.perf_counter() - start))
             messages.append({"role": "assistant", "content": text})
         print(f"{name} cache: {speeds[0]:.1f} tokens/s in the first turn, {speeds[-1]:.1f} in turn {len(speeds)}")

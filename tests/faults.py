@@ -135,16 +135,15 @@ def signals(n: int) -> tuple[int, str]:
 
 def killed_ranks(n: int) -> tuple[int, str]:
     """kill -9 one rank of two; torchrun restarts both."""
-    wrong, seconds = 0, []
-    wanted = straight(120)
+    wrong, seconds, wanted = 0, [], straight(120)
+    flags = ["--out", "restarted", "--steps", 120, "--save_every", 5, "--resume"]
     for i in range(n):
         shutil.rmtree("restarted", ignore_errors=True)
-        flags = ["--out", "restarted", "--steps", 120, "--save_every", 5, "--resume"]
         process = start(*flags, torchrun=["--max-restarts=3"])
         wait_for_step(process, "restarted", 20)
         os.kill(workers(process)[i % 2], signal.SIGKILL)
-        began, step = time.monotonic(), last_step("restarted")
-        wait_for_step(process, "restarted", step + 1)
+        began = time.monotonic()
+        wait_for_step(process, "restarted", last_step("restarted") + 1)
         seconds.append(time.monotonic() - began)
         process.communicate()
         state = newest("restarted")
@@ -218,17 +217,15 @@ def flaky_links(n: int) -> tuple[int, str]:
             ranks = [start("--out", "far", "--steps", 10, node=node.torchrun("2")) for node in nodes]
             statuses = [rank.wait() for rank in ranks]
         wrong += statuses != [0, 0] or not same(newest("far"), newest("near"))
-    link = "a link that takes 50 ms and loses 1%"
-    return wrong, f"{n} runs over {link}: {n - wrong} ended with the bits of one without it"
+    return wrong, f"{n} runs over a link of 50 ms that loses 1%: {n - wrong} ended with the bits of one without it"
 
 
 def prepares(n: int) -> tuple[int, str]:
     """kill -9 prepare.py at random instants: no data set, or a whole one."""
     Path("long.txt").write_text(Path("text.txt").read_text() * 200)
-    half = 0
+    command, half = [sys.executable, str(ROOT / "prepare.py"), "long.txt", "--out", "cut", "--tokenizer", "byte"], 0
     for _ in range(n):
         shutil.rmtree("cut", ignore_errors=True)
-        command = [sys.executable, str(ROOT / "prepare.py"), "long.txt", "--out", "cut", "--tokenizer", "byte"]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         time.sleep(random.uniform(0.2, 2))
         process.kill()

@@ -219,8 +219,7 @@ def test_every_flipped_bit_of_a_shard_is_found(data, tmp_path, capsys):
         damaged = bytearray(whole)
         damaged[offset] ^= 1 << offset % 8
         shard.write_bytes(damaged)
-        with pytest.raises(SystemExit) as end:
-            prepare.load_dataset(tmp_path)
+        end = pytest.raises(SystemExit, prepare.load_dataset, tmp_path)
         assert end.value.code == 2 and "SHA-256 of train-00000.npy" in capsys.readouterr().err
 
 
