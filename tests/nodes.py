@@ -28,9 +28,8 @@ class Node:
         subprocess.run(["ip", *command.format(name=self.name, n=self.i + 1).split()], check=True)
 
     def connect(self) -> None:
-        self.ip("-n {name} addr add 10.99.0.{n}/24 dev link0")
-        self.ip("-n {name} link set link0 up")
-        self.ip("-n {name} link set lo up")
+        for command in ("addr add 10.99.0.{n}/24 dev link0", "link set link0 up", "link set lo up"):
+            self.ip("-n {name} " + command)
 
     def torchrun(self, nnodes: str, *flags: str) -> list[str]:
         """The beginning of a command that starts one process here."""
