@@ -1119,17 +1119,19 @@ def roll_call(store: dist.Store, refused: bool) -> list[int] | None:
     """After this rank has ended with a message (`refused`), or an operation between ranks has failed: the ranks that do
     not answer within five seconds, or None if one of them has ended with a message, so that the others need none."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    answered = False
     try:
         store.append("refused", "yes" if refused else "")
+        answered = store.get("refused") is not None  # rank 0, which may host the store, was there and will speak
         store.append("here", f"{rank} ")
         end = time.monotonic() + 5
         while True:
             known, here = store.get("refused"), store.get("here").split()
-            if len(here) == world or time.monotonic() > end or (known and rank > 0):  # rank 0 may host the store
+            if len(here) == world or time.monotonic() > end or (known and rank > 0):
                 return None if known else [other for other in range(world) if str(other).encode() not in here]
             time.sleep(0.1)
     except dist.DistError:  # the store is gone
-        return None if refused else [0]
+        return None if refused or answered else [0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
