@@ -21,29 +21,24 @@ One switch goes beyond both columns: with ngram_rows, the last two and three tok
 
 Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, L layers,
 S maximum sequence length, E experts, V vocabulary. The file goes from the leaves to the root: norm, positions, cache,
-attention, MLP, experts, block, GPT; then how it generates, the presets, and a checkpoint read back as a model. It needs
+attention, MLP, experts, block, GPT; then how it generates, the presets, and weights made a model again. It needs
 torch alone, so it can be copied into a notebook.
 
     python model.py        list the presets with their parameters, FLOPs and cache sizes
 """
 
 import argparse
-import contextlib
 import hashlib
-import json
 import math
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHECKPOINT = "step-" + 8 * "[0-9]"  # matches the names of a checkpoint's two files, without .pt and .json
 HUGE = 1e15  # stands for "no upper limit" in the table of legal ranges
 
 
@@ -336,6 +331,25 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
 
+def initial_rows(config: GPTConfig, name: str, shape: torch.Size, rows: range, seed: int) -> Tensor:
+    """These rows of a parameter of a new model, whose whole shape is `shape`. Each block starts as the identity, and
+    all tokens start equally likely: the first loss is ln V (tied: about ln V). Each 128 rows have random numbers of
+    their own, so that a process that holds a part of the model need not draw the rest."""
+    # Blocks add the output of these to x. At zero they add nothing.
+    zeroed = ("post_norm.weight",) if config.post_norm else (".out.weight", ".down.weight")
+    if name.endswith(("bias", "head.weight", *zeroed)) or name.startswith("ngrams"):
+        return torch.zeros(len(rows), *shape[1:])
+    if len(shape) == 1:  # the other norms start as plain normalisation
+        return torch.ones(len(rows))
+    blocks = [torch.empty(0, *shape[1:])]
+    for start in range(rows.start // 128 * 128, rows.stop, 128):
+        seed_of_block = hashlib.sha256(f"{seed} {name} {start}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed_of_block[:7]))
+        block = torch.empty(min(128, shape[0] - start), *shape[1:])
+        blocks.append(block.normal_(std=0.02, generator=generator))  # as in GPT-2; the norms make up for the scale
+    return torch.cat(blocks)[rows.start % 128 :][: len(rows)]
+
+
 class GPT(nn.Module):
     """Maps tokens to the logits of the token after each of them: tokens [B, T] -> embeddings x [B, T, C] -> blocks, of
     which each adds to x -> norm -> head -> logits [B, T, V]. The rest of forward() is for packed documents and a
@@ -362,17 +376,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Each block starts as the identity, and all tokens start equally likely: the first loss is ln V (tied: about
-        ln V)."""
-        # Blocks add the output of these to x. At zero they add nothing.
-        zeroed = ("post_norm.weight",) if self.config.post_norm else (".out.weight", ".down.weight")
-        for name, weight in self.named_parameters():  # lists a tied head as the embedding
-            if name.endswith(("bias", "head.weight", *zeroed)) or name.startswith("ngrams"):
-                weight.zero_()
-            elif weight.ndim == 1:  # the other norms start as plain normalisation
-                weight.fill_(1.0)
-            else:
-                weight.normal_(std=0.02)  # as in GPT-2; the norms make up for the scale
+        seed = int(torch.randint(2**62, ()))
+        for name, parameter in self.named_parameters():  # lists a tied head as the embedding
+            parameter.copy_(initial_rows(self.config, name, parameter.shape, range(len(parameter)), seed))
 
     def forward(
         self,
@@ -572,63 +578,7 @@ PRESETS: dict[str, dict] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a checkpoint, which train.py writes, to a model on a device
-
-
-def read_checkpoint(record: Path) -> dict:
-    """The state named by a checkpoint's JSON file, on the CPU, with its SHA-256 verified. Nothing in the file is
-    executed. A damaged checkpoint can raise any exception."""
-    named = json.loads(record.read_text(encoding="utf-8"))
-    path = record.with_name(Path(named["file"]).name)
-    if not path.exists():
-        raise FileNotFoundError(f"it names {path.name}, which is not beside it: give both files their own names again")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != named["sha256"]:
-        raise ValueError(f"{path.name} does not match its SHA-256")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if missing := {"step", "config", "model", "optimizer", "tokenizer", "data"} - state.keys():
-        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
-    state["config"] |= state["config"].pop("model", {})  # older checkpoints nest the settings of the model
-    return state
-
-
-def written_at(paths: Iterable[Path]) -> dict[Path, int]:
-    """When each of these files was written, without those that do not exist, or no longer."""
-    times = {}
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            times[path] = path.stat().st_mtime_ns
-    return times
-
-
-def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
-    """The state of a checkpoint (named by its .json or .pt file), or of the newest intact one in a run's folder, and
-    the path of its JSON file. Names each damaged checkpoint that it skips. Raises ValueError if none is left."""
-    path = Path(path)
-    paths = [path.with_suffix(".json")] if path.is_file() else sorted(path.glob(f"{CHECKPOINT}.json"), reverse=True)
-    records = written_at(paths)
-    if not records and path.is_file():
-        raise ValueError(f"{paths[0].name} is not beside {path}: a checkpoint consists of both files")
-    if not records:
-        raise ValueError(f"there is no checkpoint in {path}: make one with python train.py")
-    for record in records:
-        try:
-            return read_checkpoint(record), record
-        except Exception as error:  # noqa: BLE001
-            if isinstance(error, FileNotFoundError) and written_at(paths) != records:
-                return load_checkpoint(path)  # a run that goes on has replaced it: look again
-            reason = str(error).partition("\n")[0]
-            print(f"damaged: {record} ({type(error).__name__}: {reason})", file=sys.stderr)
-    raise ValueError(f"there is no intact checkpoint left in {path}")
-
-
-def newest_run(runs: str | Path = "runs") -> Path:
-    """The folder in `runs` with the newest checkpoint. Raises ValueError if there is none."""
-    records = written_at(Path(runs).glob(f"*/{CHECKPOINT}.json"))
-    if not records:
-        raise ValueError(f"there is no checkpoint in {runs}/ yet: make one with python train.py")
-    return max(records, key=records.get).parent
+# From weights to a model on a device
 
 
 def empty_model(config: GPTConfig, n_tensors: int) -> GPT:

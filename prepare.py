@@ -557,13 +557,12 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
 
     def open_shard(record: dict, dtypes: tuple[type, ...]) -> np.ndarray:
         path = folder / Path(record["file"]).name
-        if verify and sha256_of(path) != record["sha256"]:
-            raise ValueError(f"the SHA-256 of {path.name} differs from the one in meta.json")
-        numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
         if numbers.ndim != 1 or numbers.dtype not in dtypes:
             raise ValueError(f"{path.name} has dtype {numbers.dtype} and shape {numbers.shape}")
-        if verify and numbers.max(initial=0) >= meta["vocab_size"]:
-            raise ValueError(f"token {numbers.argmax()} of {path.name} is {numbers.max()}, beyond the vocabulary")
         return numbers
 
     try:
@@ -584,7 +583,25 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
         fail(f"cannot read {error.filename or folder}: {error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - damaged files can make NumPy and tiktoken fail in any way
         fail(f"the data set {folder} is damaged ({error}): remove it and prepare it again")
+    if verify and (problem := damaged_shard(folder, meta)):
+        fail(problem)
     return meta, shards
+
+
+def damaged_shard(folder: Path, meta: dict, first: int = 0, every: int = 1) -> str | None:
+    """Read some of the shards, those number `first`, `first + every`, ..., and say which of them differs from what
+    meta.json says, if any does."""
+    records = [record for split in SPLITS for kind in ("shards", "masks") for record in meta[split].get(kind, [])]
+    try:
+        for record in records[first::every]:
+            path = folder / Path(record["file"]).name
+            if sha256_of(path) != record["sha256"]:
+                raise ValueError(f"the SHA-256 of {path.name} differs from the one in meta.json")
+            numbers = np.load(path, mmap_mode="r")
+            if numbers.max(initial=0) >= meta["vocab_size"]:
+                raise ValueError(f"token {numbers.argmax()} of {path.name} is {numbers.max()}, beyond the vocabulary")
+    except (OSError, ValueError) as error:
+        return f"the data set {folder} is damaged ({error}): remove it and prepare it again"
 
 
 def shard_hashes(meta: dict, split: str) -> list[str]:

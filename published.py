@@ -18,13 +18,15 @@ import re
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model import GPT, GPT2, GPTConfig, empty_model, load_checkpoint, model_settings, model_with, rotary_frequencies
+from checkpoint import Tensors, load_checkpoint, tensors_of
+from model import GPT, GPT2, GPTConfig, empty_model, model_settings, model_with, rotary_frequencies
 from prepare import exit_on, fail, write_json
 from tokenizer import DIGITS_PATTERN, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN
 from tokenizer import Template, Tokenizer, load_tokenizer, to_tokenizer_json
@@ -50,7 +52,15 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load {folder}: {reason}") from error
     tokenizer = load_tokenizer(folder).to_dict(chat)
-    return {"step": 0, "model": weights, "config": asdict(config), "tokenizer": tokenizer}, folder
+    tensors = Tensors("model", [lambda: {"model": weights}])
+    return {"step": 0, "config": asdict(config), "tokenizer": tokenizer, "model": tensors}, folder
+
+
+def tensors_at(source: Path) -> dict[str, Tensors]:
+    """The tensors of what load_source has found, for another process. They are opened when they are needed."""
+    if source.suffix == ".json":
+        return tensors_of(source)
+    return {"model": Tensors("model", [cache(lambda: {"model": load_published(source)[1]})])}
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -285,7 +295,7 @@ def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{theirs} in {folder} has the dtype {tensor.dtype}, which is not supported")
         if family.is_transposed(tensor, ours[0]):
-            tensor = tensor.T.contiguous()
+            tensor = tensor.T
         for name, part in zip(ours, tensor.chunk(len(ours))):
             shape = model.get_parameter(name).shape
             if part.shape != shape:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, choose_device, generate, has_bfloat16, newest_run, to_int8
+from checkpoint import newest_run
+from model import GPT, choose_device, generate, has_bfloat16, to_int8
 from prepare import exit_on, fail, moved, tolerate_streams
 from published import Loaded, load_model
 from tokenizer import Tokenizer

@@ -70,10 +70,11 @@ from torch.utils.checkpoint import checkpoint
 
 import prepare
 from chat import IGNORED, Conversations, dialogues
-from model import CHECKPOINT, GPT, HUGE, PRESETS, GPTConfig, choose_device, has_bfloat16
-from model import load_checkpoint, model_settings, model_with, newest_run
+from checkpoint import CHECKPOINT, clear_folder, commit, damage, newest_run, read_best, read_checkpoint
+from checkpoint import rows_of_part, write_part
+from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, empty_model, has_bfloat16, initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
-from published import load_source
+from published import load_source, tensors_at
 from sample import sample
 from tokenizer import Tokenizer
 
@@ -170,6 +171,7 @@ def train(given: dict, resume: bool) -> None:
     started, parent = time.monotonic(), os.getppid()
     config, step, state = open_run(given, resume)
     config, meta, train_data, val_data = open_data(config)
+    verification = Verification(config.data, meta)
     warn_of_rise(config, step, state)
     if step >= config.stop_at:
         print(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
@@ -179,11 +181,11 @@ def train(given: dict, resume: bool) -> None:
     parallel = data_parallel(model, config)  # the same model, as training calls it
     optimizers = make_optimizers(model, config)
     restore_optimizers(model, optimizers, state if step > 0 else None)
-    del state  # frees the whole model in rank 0's main memory
+    del state  # closes its files
     config = open_folder(config, meta, step)  # the last change to the config
     log = Log(config, machine, model, step, started)
     log.header(train_data, val_data)
-    saver, stop = Saver(config, meta, log, model, optimizers), Stop(parent, log)
+    saver, stop = Saver(config, meta, model, optimizers, log, verification), Stop(parent, log)
     gc.enable()  # it was off while torch was imported
     n_skipped, saved, stopping, finished = 0, step, False, False
     with contextlib.suppress(KeyboardInterrupt):  # of stop.watched: the step is not applied, an evaluation not logged
@@ -208,8 +210,13 @@ def train(given: dict, resume: bool) -> None:
             step += 1
 
             # 3. Log, evaluate and save, when they are due.
-            stopping, is_best = stop.requested(), False
+            is_writing, stopping, is_damaged = any_rank(saver.is_writing(), stop.requested(), verification.damage)
+            if is_damaged:
+                verification.check()
+            if not is_writing and (problem := saver.commit()):
+                log.line(f"{problem}; trying again at the next save")
             log.progress(step)
+            is_best = False
             if step % config.log_every == 0 or step in (1, config.stop_at) or stopping:
                 log.step(step, loss, grad_norm, n_skipped)
             if step == config.stop_at or (step % config.eval_every == 0 and not stopping):
@@ -224,7 +231,7 @@ def train(given: dict, resume: bool) -> None:
     if problem := saver.wait():
         stop_all_ranks(f"{problem}: the checkpoint before it is intact; free some space and --resume")
     text = closing_text(model, config, machine, meta, val_data) if finished else None
-    log.end(step, text, isinstance(val_data, Conversations))
+    log.end(step, finished, text, isinstance(val_data, Conversations))
 
 
 def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machine", step: int, watched) -> Tensor:
@@ -254,8 +261,11 @@ def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machin
     return loss
 
 
-def closing_text(model: GPT, config: Config, machine: "Machine", meta: dict, val_data: "Data") -> str:
-    """What the finished model writes: a sample, or its answers to held-out questions."""
+def closing_text(model: GPT, config: Config, machine: "Machine", meta: dict, val_data: "Data") -> str | None:
+    """What the finished model writes: a sample, or its answers to held-out questions. With --shard nothing, since the
+    whole model would be sent for each token: sample.py is quicker."""
+    if config.shard > 1:
+        return None
     tokenizer = Tokenizer.from_dict(meta["tokenizer"])
     with machine.autocast, torch.compiler.set_stance("force_eager"):  # compiled, each new length would be a new graph
         if isinstance(val_data, Conversations):
@@ -268,25 +278,29 @@ def closing_text(model: GPT, config: Config, machine: "Machine", meta: dict, val
 
 
 def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
-    """Return the config and the number of steps already done, on all ranks, and on rank 0 the state to start from (None
-    for new weights). Without a checkpoint in its folder, even --resume starts a new run."""
+    """Return the config, the number of steps already done, and the state to start from: None for new weights; on rank 0
+    all of it, on the others only its tensors, which are opened when a rank needs some. Without a checkpoint in its
+    folder, even --resume starts a new run."""
     check_same("version or setting", {"torch": torch.__version__, "resume": resume, **given})
-    config = step = state = None
     with exit_on(ValueError, OSError):  # OSError: a name that is too long, a folder that may not be read
         out = given.get("out")
         newest = max((path.name for path in Path(out).glob(f"{CHECKPOINT}.json")), default="") if resume and out else ""
         seen = from_all_ranks(newest)  # nodes that do not share the folder would each see their own checkpoints
         if max(seen) > seen[0]:
             stop_all_ranks(f"rank 0 does not see {max(seen)} in {out}: all nodes must share that folder")
-        if dist.get_rank() == 0:
-            config, step, state = find_start(given, resume, newest)
-    return *from_rank_0((config, step)), state
+        is_first = dist.get_rank() == 0
+        run = from_rank_0(run_to_resume(out, resume, newest) if is_first else None)
+        source = newest_whole(run) if run else None
+        config = state = None
+        if is_first:
+            config, source, state = find_start(given, run, source)
+        config, source, step = from_rank_0((config, source, state["step"] if state else 0))
+        return config, step, state or (tensors_at(source) if source else None)
 
 
-def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dict | None]:
-    """What open_run returns, as rank 0 finds it; `newest` is the name of the newest checkpoint in the given folder.
-    Raises ValueError, or ends the program, if the settings allow no start."""
-    out, step, state, before = given.get("out"), 0, None, None
+def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
+    """The folder of the run that goes on, locked for this process; `newest` is the name of its newest checkpoint. Ends
+    the program if a new run would be in the way of another."""
     if out == "":
         fail("--out is empty")
     is_run = bool(out) and (newest or Path(out, "config.json").exists())
@@ -294,21 +308,47 @@ def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dic
         fail(f"{out} already holds a run: continue it with --out {out} --resume, or choose another --out")
     if resume and out and not newest:
         print(f"there is no checkpoint in {out} yet: starting from step 0")
-        resume = False
-        if is_run:
-            given = {**read_settings(Path(out, "config.json")), **given}
-    if resume:
-        run = Path(out) if out else newest_run()
-        lock(run / ".lock", f"training in {run}")
-        state, record = load_checkpoint(run)
+        return None
+    if not resume:
+        return None
+    run = Path(out) if out else newest_run()
+    lock(run / ".lock", f"training in {run}")
+    return run
+
+
+def newest_whole(run: Path) -> Path:
+    """The JSON of the newest checkpoint of a run that no rank finds damaged."""
+    for record in from_rank_0(sorted(run.glob(f"{CHECKPOINT}.json"), reverse=True)):
+        if (problem := damage_anywhere(record)) is None:
+            return record
+        if dist.get_rank() == 0:
+            print(f"damaged: {record} ({problem})", file=sys.stderr)
+    raise ValueError(f"there is no intact checkpoint left in {run}")
+
+
+def damage_anywhere(record: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: each rank reads some of its files."""
+    return next(filter(None, from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size()))), None)
+
+
+def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Config, Path | None, dict | None]:
+    """The config, and the source and the state of the weights, as rank 0 finds them; `source` is the checkpoint with
+    which `run` goes on, if it does. Raises ValueError, or ends the program, if the settings allow no start."""
+    state, before, step = None, None, 0
+    if run:
+        state = read_checkpoint(source)
         step = state["step"]
-        print(f"resuming {record.with_suffix('')}, step {step}")
+        print(f"resuming {source.with_suffix('')}, step {step}")
         saved = {**state["config"], "stop_at": None, "out": str(run)}
         say_what_changes(run, saved, given)
         given, before = {**saved, **given}, build_config(saved)
-    elif given.get("init"):
-        state, _ = load_source(given["init"])
-        given = fine_tuning(given, state["config"])
+    else:
+        if given.get("out") and (written := Path(given["out"], "config.json")).exists():  # a run without a checkpoint
+            given = {**read_settings(written), **given}
+        if given.get("init"):
+            state, source = load_source(given["init"])
+            state["step"] = 0
+            given = fine_tuning(given, state["config"])
     config = build_config(given)
     if before:  # the data goes on where it was
         check_shape(f"the model of {config.out}", before, config)
@@ -322,7 +362,7 @@ def find_start(given: dict, resume: bool, newest: str) -> tuple[Config, int, dic
         fail(f"{world} processes cannot share {n_micro} micro-batches equally: use {legal}, or another micro_batch")
     if world % config.shard:
         fail(f"{world} processes cannot be divided into groups of --shard {config.shard}")
-    return config, step, state
+    return config, source, state
 
 
 def say_what_changes(run: Path, saved: dict, given: dict) -> None:
@@ -361,19 +401,31 @@ def fine_tuning(given: dict, trained: dict) -> dict:
 def warn_of_rise(config: Config, step: int, state: dict | None) -> None:
     """Say on rank 0 if a resume raises the learning rate, which undoes what a run has learned in its decay."""
     rate = lr_at(step, config)
-    if state and step > 0 and rate > config.lr / 10 and rate > 2 * lr_at(step, build_config(state["config"])):
+    if dist.get_rank() == 0 and step > 0 and rate > config.lr / 10 and rate > 2 * lr_at(step, build_config(state["config"])):
         print(f"the new schedule raises the learning rate to {rate:.2g}: set it with --lr and --warmup")
 
 
-def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> dict[str, Tensor]:
-    """The weights to start with, on rank 0: those of `state`, or new ones. Ends the program if a checkpoint does not
-    fit: a model only understands the tokens that it was trained on, and a resumed run needs its own data and
-    optimizer."""
-    if dist.get_rank() > 0:
-        return {}
+def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> Callable[..., Tensor]:
+    """A function that returns the first values of rows of a parameter, given its name, its shape and the rows: those of
+    `state`, or new ones. Ends the program on rank 0 if the state does not fit: a model only understands the tokens that
+    it was trained on, and a resumed run needs its own data and optimizer."""
     if state is None:
-        torch.manual_seed(config.seed)
-        return GPT(config).state_dict()
+        return lambda name, shape, rows: initial_rows(config, name, shape, rows, config.seed)
+    lengths = from_rank_0(check_fit(config, meta, step, state) if dist.get_rank() == 0 else None)
+
+    def read(name: str, shape: torch.Size, rows: range) -> Tensor:
+        n = lengths[name]  # less than shape[0] where the vocabulary has grown
+        read = state["model"].rows(name, range(min(rows.start, n), min(rows.stop, n)), n)
+        if rows.stop <= n:
+            return read
+        mean = state["model"][name].mean(0, keepdim=True)
+        return torch.cat([read, mean.expand(rows.stop - max(rows.start, n), -1)])
+
+    return read
+
+
+def check_fit(config: Config, meta: dict, step: int, state: dict) -> dict[str, int]:
+    """The rows of each tensor of `state`. Ends the program if a model of this config cannot start with it."""
     try:
         if not Tokenizer.from_dict(meta["tokenizer"]).extends(Tokenizer.from_dict(state["tokenizer"])):
             fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the checkpoint's tokenizer")
@@ -381,12 +433,20 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
             fail(f"{config.data} is not the data set that this run started with: prepare it again, or start a new run")
         if step > 0 and (trained_with := state["config"]["optimizer"]) != config.optimizer:
             fail(f"{config.out} was trained with --optimizer {trained_with} and must continue with it")
-        weights = state["model"]
-        for name in sorted({"embedding.weight", "head.weight"} & weights.keys()):  # a tied head is not in the file
-            if step == 0 and (n_new := config.vocab_size - len(weights[name])) > 0:
+        weights, trained = state["model"], GPTConfig(**model_settings(state["config"]))
+        shapes = {name: p.shape for name, p in empty_model(trained, len(weights)).named_parameters()}
+        if only_in_one := shapes.keys() ^ weights.keys():
+            raise ValueError(f"{min(only_in_one)} is not in both it and the model")
+        for name, parameter in empty_model(config, len(weights)).named_parameters():
+            n, n_new = shapes[name][0], len(parameter) - shapes[name][0]
+            held = len(rows_of_part(n, 0, len(weights.parts))), *parameter.shape[1:]  # by the first part
+            if weights.parts[0]()["model"][name].shape != held:
+                raise ValueError(f"{name} has another shape")
+            if step == 0 and n_new > 0 and name in ("embedding.weight", "head.weight"):
                 print(f"{n_new} new tokens: their rows of {name} begin as the mean of the others")
-                weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(n_new, -1)])
-        return model_with(config, weights).state_dict()
+            elif n_new and not (step == 0 and n_new < 0 and name == "positions.weight"):  # these may be fewer
+                raise ValueError(f"{name} has {n} rows, not {len(parameter)}")
+        return {name: shape[0] for name, shape in shapes.items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}")
 
@@ -394,7 +454,11 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
 def open_folder(config: Config, meta: dict, step: int) -> Config:
     """Let rank 0 create the run's folder, by default runs/PRESET-N with the first free N, or remove from it what is in
     the way of continuing from `step`. Returns the config with the folder, on all ranks."""
+    best = Path(config.out or "", "best.json")
+    problem = damage_anywhere(best) if step > 0 and from_rank_0(best.exists()) else None
     if dist.get_rank() == 0:
+        if problem:
+            print(f"damaged: {best} ({problem})", file=sys.stderr)
         try:
             Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
             numbers = itertools.count(1)
@@ -405,25 +469,12 @@ def open_folder(config: Config, meta: dict, step: int) -> Config:
             run = Path(config.out)
             lock(run / ".lock", f"training in {run}")
             if step > 0 or (run / "config.json").exists():  # else the files in it are a user's
-                clear_folder(run, step)
+                clear_folder(run, step, best_is_damaged=bool(problem))
             prepare.write_json(run / "config.json", config.given)
             prepare.write_json(run / "tokenizer.json", meta["tokenizer"])  # for --tokenizer
         except OSError as error:
             fail(f"cannot write to {config.out or 'runs'}: {error.strerror}")
     return from_rank_0(config)
-
-
-def clear_folder(run: Path, step: int) -> None:
-    """Remove from a run's folder what a process that was killed has left, and damaged checkpoints."""
-    try:
-        load_checkpoint(run / "best.json")  # says if it is damaged
-    except ValueError:
-        (run / "best.json").unlink(missing_ok=True)  # so that the next evaluation counts as the best
-    for path in run.glob(f"{CHECKPOINT}.*"):
-        if path.suffix == ".partial":
-            path.unlink()
-        elif path.suffix in (".pt", ".json") and path.stem > f"step-{step:08d}":  # damaged ones that were skipped
-            path.rename(f"{path}.damaged")  # until the next checkpoint is whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,7 +522,7 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
             print(f"preparing the default corpus in {Config.data}, once", flush=True)
             prepare.prepare([], Config.data, wait=True)
         dist.barrier()
-    meta, shards = prepare.load_dataset(config.data, verify=first_on_node)
+    meta, shards = prepare.load_dataset(config.data, verify=False)  # see Verification
     compared = json.dumps({**meta, "sources": None}, sort_keys=True)  # these may be at another place on each node
     check_same("data set", {"SHA-256 of meta.json": hashlib.sha256(compared.encode()).hexdigest()})
     tokenizer, is_chat = Tokenizer.from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
@@ -490,6 +541,32 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
         sizes = f"the model's vocabulary of {vocab_size} is smaller than the data's {n_used}"
         fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
     return config.changed(steps=steps, vocab_size=vocab_size), meta, train_data, val_data
+
+
+class Verification:
+    """Compares the data set with the SHA-256 in its meta.json, in a thread of each rank, which reads its share of the
+    files of its node. Training begins meanwhile, but nothing is saved before all is read: no damaged text gets in."""
+
+    def __init__(self, folder: str, meta: dict):
+        mine = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        self.damage = None
+        self.thread = threading.Thread(target=self.read, args=(Path(folder), meta, *mine), daemon=True)
+        self.thread.start()
+        self.thread.join(2)  # so that a damaged data set that is small leaves no folder of a run
+        self.check()
+
+    def read(self, *given) -> None:
+        self.damage = prepare.damaged_shard(*given)
+
+    def check(self, wait: bool = False) -> None:
+        """Stop all ranks if one has found damage, or else wait until all have read their share, if that is wanted."""
+        while True:
+            is_reading, is_damaged = any_rank(self.thread.is_alive(), self.damage)
+            if is_damaged:
+                stop_all_ranks(next(filter(None, from_all_ranks(self.damage))))
+            if not (wait and is_reading):
+                return
+            self.thread.join(0.1)
 
 
 def fine_tuning_batch(config: Config, n_windows: int) -> Config:
@@ -522,9 +599,8 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
 # Model and optimizers
 
 
-def build_model(config: Config, machine: "Machine", weights: dict[str, Tensor]) -> GPT:
-    """The model on its device. Only rank 0 has the weights: it sends each rank the part that it needs, so that with
-    --shard no other rank ever holds the whole model."""
+def build_model(config: Config, machine: "Machine", read: Callable[..., Tensor]) -> GPT:
+    """The model on its device, with the weights that `read` returns (see first_weights)."""
     with torch.device("meta"):
         model = GPT(config)
     for block in model.blocks:
@@ -536,9 +612,8 @@ def build_model(config: Config, machine: "Machine", weights: dict[str, Tensor]) 
         shard_model(model, config, machine.device)
     model.to_empty(device=machine.device)
     model.tie_head()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(from_rank_0_like(parameter, weights.get(name)))
+    for name, parameter in model.named_parameters():
+        fill(parameter, partial(read, name, parameter.shape))
     return model
 
 
@@ -586,15 +661,23 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     return full
 
 
-def from_rank_0_like(tensor: Tensor, full: Tensor | None) -> Tensor:
-    """Rank 0 sends `full`, a tensor of the shape of `tensor`, in its dtype. Returns each rank's part of it."""
-    if dist.get_rank() == 0:
-        full = full.to(tensor.device, tensor.dtype, copy=True)
-    else:
-        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    if dist.get_world_size() > 1:
-        dist.broadcast(full, src=0)
-    return part(full, tensor)
+def held(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this rank holds: all, or its part of them."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def fill(tensor: Tensor, read: Callable[[range], Tensor]) -> None:
+    """Set a tensor to what `read` returns. Each rank of the first copy of the model reads the rows that it holds, and
+    sends them to those that hold the same rows of other copies: no rank ever has the whole model of --shard."""
+    rows, group = range(len(tensor) if tensor.ndim else 0), None
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        rows = rows_of_part(len(tensor), mesh.get_local_rank("shard"), mesh["shard"].size())
+        group = mesh.get_group("replicate")
+    if dist.get_rank(group) == 0:
+        held(tensor).copy_(read(rows))
+    if dist.get_world_size(group) > 1:  # a single rank may be on a device without a backend, such as mps
+        dist.broadcast(held(tensor), group=group, group_src=0)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -676,15 +759,16 @@ def optimizer_states(weights: dict[str, Tensor], optimizers: list[torch.optim.Op
 
 
 def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
-    """Load the optimizer state that rank 0 has read, on all ranks. Hyperparameters stay those of the command line."""
-    saved = state["optimizer"] if state else {}
+    """Load the optimizer state of a checkpoint. Hyperparameters stay those of the command line."""
     parameters = dict(model.named_parameters())
     states = optimizer_states(parameters, optimizers)
-    for name, ndim in from_rank_0([(name, tensor.ndim) for name, tensor in saved.items()]):
+    is_first = state and dist.get_rank() == 0
+    for name, ndim in from_rank_0([(n, tensor.ndim) for n, tensor in state["optimizer"].items()] if is_first else []):
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
-        like = parameter if ndim else torch.zeros((), device=parameter.device)  # AdamW counts its steps
-        states[parameter_name][key] = from_rank_0_like(like, saved.get(name))
+        moment = torch.zeros_like(parameter) if ndim else torch.zeros((), device=parameter.device)  # AdamW's count
+        fill(moment, lambda rows, name=name, n=len(parameter): state["optimizer"].rows(name, rows, n))
+        states[parameter_name][key] = moment
 
 
 def lr_at(step: int, config: Config) -> float:
@@ -731,75 +815,70 @@ def on_device(arrays: tuple, device: torch.device) -> list[Tensor | None]:
     return [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
 
 
-@torch.no_grad()
-def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the main memory of rank 0, whole, made one by one; nothing on other ranks, which take part."""
-    copies = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if dist.get_rank() == 0:
-            copies[name] = full.to("cpu", copy=True)
-    return copies
-
-
-def save_checkpoint(run: Path, step: int, state: dict, keep: int, best_loss: float | None = None) -> None:
-    """Write step-N.pt under a temporary name, rename it, then write step-N.json, which makes it valid, and best.json if
-    it has the best validation loss so far. Old checkpoints are deleted last, so that at every instant the newest intact
-    one is on disk."""
-    path = run / f"step-{step:08d}.pt"
-    with prepare.written_whole(path) as file:
-        torch.save(state, file)
-    record = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": prepare.sha256_of(path)}
-    prepare.write_json(path.with_suffix(".json"), record)
-    if best_loss is not None:
-        prepare.write_json(run / "best.json", {**record, "val_loss": best_loss})
-    best = read_best(run).get("file")
-    for old in sorted(run.glob(f"{CHECKPOINT}.json"))[:-keep]:
-        if (file := old.with_suffix(".pt")).name != best:
-            old.unlink()
-            file.unlink(missing_ok=True)
-    for damaged in run.glob(f"{CHECKPOINT}.*.damaged"):
-        damaged.unlink()
-
-
-def read_best(run: Path) -> dict:
-    """The contents of best.json, or {} if there is none. open_folder has made sure that it is whole."""
-    return json.loads(path.read_text(encoding="utf-8")) if (path := run / "best.json").exists() else {}
-
-
 class Saver:
-    """Writes checkpoints in order, in a background thread of rank 0, while training continues."""
+    """Writes checkpoints in background threads, one of each rank of the first copy of the model, while training
+    continues. A checkpoint is valid when all of them have written their parts, and rank 0 its JSON."""
 
-    def __init__(self, config: Config, meta: dict, log: "Log", model: GPT, optimizers: list[torch.optim.Optimizer]):
-        self.config, self.meta, self.log, self.optimizers = config, meta, log, optimizers
+    def __init__(self, config: Config, meta: dict, model: GPT, optimizers: list, log: "Log", data: Verification):
+        self.config, self.meta, self.optimizers, self.log, self.data = config, meta, optimizers, log, data
         self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
         self.thread, self.writing = futures.ThreadPoolExecutor(1), None
+        self.pending = None  # the step that is being saved, and its val_loss if it is the best so far
         self.best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
+        self.mark = from_rank_0(os.urandom(3).hex())  # no late part of an earlier start can replace one of this
 
     def save(self, step: int, best_loss: float | None = None) -> None:
-        """Save the state after `step` steps; `best_loss` marks it as the best so far. Training waits only for the
-        previous save and for a copy of the state on rank 0."""
+        """Begin to save the state after `step` steps; `best_loss` marks it as the best so far. Training waits only for
+        the previous save and for a copy of the state in main memory."""
         start, config = time.monotonic(), self.config
+        self.data.check(wait=True)
         self.best_loss = self.best_loss if best_loss is None else best_loss
         if problem := self.wait():
             self.log.line(f"{problem}; trying again")
-        states = optimizer_states(self.weights, self.optimizers)
-        moments = {f"{name}.{key}": tensor for name, kept in states.items() for key, tensor in kept.items()}
-        weights, moments = gathered(self.weights), gathered(moments)
-        if dist.get_rank() == 0:
-            state = {"step": step, "config": config.given, "model": weights, "optimizer": moments}
-            state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
-            self.writing = self.thread.submit(save_checkpoint, Path(config.out), step, state, config.keep, best_loss)
+        if dist.get_rank() < config.shard:
+            states = optimizer_states(self.weights, self.optimizers)
+            moments = {f"{name}.{key}": tensor for name, kept in states.items() for key, tensor in kept.items()}
+            copies = [{n: held(t).to("cpu", copy=True) for n, t in kind.items()} for kind in (self.weights, moments)]
+            state = {"step": step, "config": config.given, "model": copies[0], "optimizer": copies[1]}
+            if dist.get_rank() == 0:
+                state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
+            place = dist.get_rank(), config.shard, self.mark
+            self.writing = self.thread.submit(write_part, Path(config.out), step, state, *place)
+        self.pending = step, best_loss
         self.log.record(step=step, save_stall=time.monotonic() - start)
 
-    def wait(self) -> str | None:
-        """Wait on all ranks until the last save is on disk. Returns what went wrong, if anything."""
-        while any_rank(self.writing is not None and not self.writing.done()):  # one long wait could reach --timeout
-            if self.writing:  # the other ranks wait for rank 0
-                futures.wait([self.writing], timeout=0.1)
-        error = self.writing.exception() if self.writing else None
+    def is_writing(self) -> bool:
+        return self.writing is not None and not self.writing.done()
+
+    def commit(self) -> str | None:
+        """Make the pending checkpoint valid, if there is one, when no rank is writing any more. Returns what went
+        wrong, if anything, on all ranks."""
+        if self.pending is None:
+            return None
+        (step, best_loss), self.pending, run, written = self.pending, None, Path(self.config.out), None
+        problem = str(error) if self.writing and (error := self.writing.exception()) else None
+        if self.writing and not problem:
+            written = self.writing.result()
         self.writing = None
-        return from_rank_0(f"cannot save in {self.config.out} ({error})" if error else None)
+        parts, problems = zip(*from_all_ranks((written, problem)))
+        problem, is_valid = next(filter(None, problems), None), False
+        if problem is None and dist.get_rank() == 0:
+            try:
+                commit(run, step, parts[: self.config.shard], self.config.keep, best_loss)
+            except OSError as error:
+                problem = str(error)
+            is_valid = (run / f"step-{step:08d}.json").exists()
+        problem, is_valid = from_rank_0((problem, is_valid))
+        if written and not is_valid:
+            (run / written["file"]).unlink()
+        return f"cannot save in {run} ({problem})" if problem else None
+
+    def wait(self) -> str | None:
+        """Wait on all ranks until the pending checkpoint is valid. Returns what went wrong, if anything."""
+        while any_rank(self.is_writing()) != [False]:  # one long wait could reach --timeout
+            if self.writing:
+                futures.wait([self.writing], timeout=0.1)
+        return self.commit()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -920,21 +999,21 @@ class Log(Console):
             self.first = self.last
         return val_loss
 
-    def end(self, step: int, text: str | None, is_chat: bool) -> None:
+    def end(self, step: int, finished: bool, text: str | None, is_chat: bool) -> None:
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
         if dist.get_rank() > 0:
             return
         script = f"chat.py {self.config.out}" if is_chat else f"sample.py {self.config.out} --interactive"
-        if text is None and step == self.config.steps:
+        if not finished and step == self.config.steps:
             self.line(f"stopped in the last evaluation, after the last step was saved; next: python {script}")
-        elif text is None:
+        elif not finished:
             launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
             resume = f"{launcher}train.py --out {self.config.out} --resume"
             self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {resume}")
         else:
-            title = "answers to held-out questions" if is_chat else "a sample"
-            self.line(f"\n{title}:\n{text}\n\n{self.plot()}\n")
-            self.line(f"{self.result} after {clock(time.monotonic() - self.started)}")
+            if text:
+                self.line(f"\n{'answers to held-out questions' if is_chat else 'a sample'}:\n{text}")
+            self.line(f"\n{self.plot()}\n\n{self.result} after {clock(time.monotonic() - self.started)}")
             self.line(f"the run is in {self.config.out}; next: python {script}")
 
     def plot(self, width: int = 64, height: int = 8) -> str:
@@ -1064,9 +1143,9 @@ def sum_over_ranks(*numbers: float) -> list[float]:
     return totals.tolist()
 
 
-def any_rank(condition: bool) -> bool:
-    """Whether the condition holds on any rank."""
-    return sum_over_ranks(condition) != [0]
+def any_rank(*conditions) -> list[bool]:
+    """Whether each of the conditions holds on any rank."""
+    return [total > 0 for total in sum_over_ranks(*map(bool, conditions))]
 
 
 def check_same(what: str, mine: dict) -> None:
@@ -1101,8 +1180,8 @@ class Stop:
             os._exit(128 + number[0])  # what is on disk is whole
 
     def requested(self) -> bool:
-        """Whether to stop at the end of this step: the same answer on every rank."""
-        return any_rank(bool(self.received) or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent))
+        """Whether this rank should stop at the end of its step."""
+        return bool(self.received) or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent)
 
     def watched(self, micro_batches: range, what: str) -> Iterator[int]:
         """Yield the micro-batches, unless a signal ends it. Shows on a terminal how far a long step has come."""
@@ -1119,19 +1198,21 @@ def roll_call(store: dist.Store, refused: bool) -> list[int] | None:
     """After this rank has ended with a message (`refused`), or an operation between ranks has failed: the ranks that do
     not answer within five seconds, or None if one of them has ended with a message, so that the others need none."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    answered = False
     try:
         store.append("refused", "yes" if refused else "")
-        answered = store.get("refused") is not None  # rank 0, which may host the store, was there and will speak
         store.append("here", f"{rank} ")
         end = time.monotonic() + 5
         while True:
             known, here = store.get("refused"), store.get("here").split()
             if len(here) == world or time.monotonic() > end or (known and rank > 0):
-                return None if known else [other for other in range(world) if str(other).encode() not in here]
+                break
             time.sleep(0.1)
+        store.append("left", f"{rank} ")
+        while rank == 0 and len(store.get("left").split()) < len(here) and time.monotonic() < end + 1:
+            time.sleep(0.1)  # rank 0 may host the store, and leaves last
+        return None if known else [other for other in range(world) if str(other).encode() not in here]
     except dist.DistError:  # the store is gone
-        return None if refused or answered else [0]
+        return None if refused else [0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

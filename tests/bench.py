@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 import plan
 import prepare
 import train
-from model import GPT, PRESETS, GPTConfig, generate, read_checkpoint, to_int8
+from checkpoint import commit, load_checkpoint, write_part
+from model import GPT, PRESETS, GPTConfig, generate, to_int8
 
 QUIET = "--eval_every 1000000 --eval_tokens 128 --save_every 1000000 --log_every 10".split()
 THREE_MINUTES = "--preset shakespeare --batch_tokens 4096 --steps 490 --weight_decay 0.1 --decay 0.8 --compile"
@@ -241,9 +242,9 @@ def checkpoint(nano) -> tuple[str, str, str]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        train.save_checkpoint(Path(folder), 1, state, keep=1)
+        commit(Path(folder), 1, [write_part(Path(folder), 1, state, 0, 1, "")], keep=1)
         saved, more = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        read_checkpoint(Path(folder, "step-00000001.json"))
+        load_checkpoint(folder)
         told = f"saved in {saved - start:.1f} s, read and verified in {time.monotonic() - saved:.1f} s"
     return "", told, f"{more / 1e3:.0f} MB of memory to save"
 

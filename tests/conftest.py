@@ -33,7 +33,7 @@ torch.set_num_threads(1)  # enough for tiny models, and much faster than two thr
 import prepare
 import train
 from forked import run_script
-from model import read_checkpoint
+from checkpoint import read_checkpoint
 
 WORDS = ["the", "a", "small", "model", "learns", "to", "write", "what", "it", "has", "read,", "one", "token", "after",
          "another;", "naïve", "café", "你好", "🙂\n"]
@@ -219,7 +219,9 @@ def rows(run: Path, key: str) -> dict[int, float]:
 
 
 def state_of(run: Path, step: int) -> dict:
-    return read_checkpoint(run / f"step-{step:08d}.json")
+    """The state of a checkpoint, with whole tensors."""
+    state = read_checkpoint(run / f"step-{step:08d}.json")
+    return {**state, "model": dict(state["model"]), "optimizer": dict(state["optimizer"])}
 
 
 def assert_same(a, b):

@@ -33,7 +33,7 @@ from nodes import flaky_nodes, linked_nodes
 import prepare
 import published
 import train
-from model import load_checkpoint
+from checkpoint import load_checkpoint
 from published import load_model
 
 QUICK = [*TINY, "--data", "set", "--eval_every", "1000000", "--log_every", "1", "--dropout", "0.1"]

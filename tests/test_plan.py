@@ -16,7 +16,8 @@ from conftest import MACHINE, ROOT, TINY, rows
 
 import plan
 import train
-from model import GPT, PRESETS, load_checkpoint
+from checkpoint import load_checkpoint
+from model import GPT, PRESETS
 
 MEGASCALE = {
     "vocab_size": 51200, "seq_len": 2048, "n_layer": 96, "n_head": 96, "n_embd": 12288, "norm": "layer",

@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, TINY_FLOPS, Ranks, assert_same, kill, rows, sta
 
 import prepare
 import train
-from model import load_checkpoint
+from checkpoint import load_checkpoint
 
 SMALL = [*TINY, "--log_every", "1", "--eval_every", "100", "--dropout", "0.1"]
 
@@ -119,22 +119,65 @@ def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path
     assert loads == {step: [pytest.approx(load)] for step, (load,) in rows(tmp_path / "one", "expert_load").items()}
 
 
-def test_a_sharded_run_builds_the_model_on_rank_0_alone_samples_and_knows_the_peak_of_two_ranks(data, tmp_path):
+def test_a_sharded_run_holds_the_whole_model_on_no_rank_and_knows_the_peak_of_two(data, tmp_path):
     """In bfloat16. forked.py says that each rank makes 1024^3 products and sums in 0.01 s."""
     change = """
-        init = train.GPT.__init__
-        def told(self, config):
-            init(self, config)
-            print("rank", os.environ["RANK"], "builds on", next(self.parameters()).device, file=sys.stderr)
-        train.GPT.__init__ = told
+        draw = train.initial_rows
+        def told(config, name, shape, rows, seed):
+            print("rank", os.environ["RANK"], "draws", rows, "of", name, file=sys.stderr)
+            return draw(config, name, shape, rows, seed)
+        train.initial_rows = told
     """
     flags = [*SMALL, "--data", data, "--out", "r", "--steps", 2, "--shard", 2, "--dtype", "bfloat16"]
     printed = Ranks(tmp_path, *flags, n=2, script=changed(tmp_path, change)).finish().printed
-    assert printed.count("builds on cpu") == printed.count("rank 0 builds on cpu") == printed.count("a sample:") == 1
+    assert "rank 0 draws range(0, 130) of head.weight" in printed and "rank 1 draws range(130, 259) of head" in printed
+    assert printed.count(" draws ") == 2 * len(state_of(tmp_path / "r", 2)["model"]) and "a sample:" not in printed
     speeds, seconds = (rows(tmp_path / "r", key) for key in ("tokens_per_second", "seconds"))
     shares = {step: speed * TINY_FLOPS / (2 * 2 * 1024**3 / 0.01) for step, speed in speeds.items()}
     assert rows(tmp_path / "r", "mfu") == pytest.approx(shares)
     assert speeds[2] >= 128 / (seconds[2] - seconds[1])  # which hold the time of the log as well
+
+
+RESAVE = """
+    def resave(given, resume):
+        config, step, state = train.open_run(given, resume)
+        config, meta, *_ = train.open_data(config)
+        config, machine = train.choose_machine(config)
+        model = train.build_model(config, machine, train.first_weights(config, meta, step, state))
+        optimizers = train.make_optimizers(model, config)
+        train.restore_optimizers(model, optimizers, state)
+        config = config.changed(out=str(int(config.out) + 1))
+        os.makedirs(config.out, exist_ok=True)
+        log = train.Log(config, machine, model, step, 0.0)
+        saver = train.Saver(config, meta, model, optimizers, log, train.Verification(config.data, meta))
+        saver.save(step)
+        assert saver.wait() is None
+    train.train = resave
+"""
+
+
+@pytest.mark.parametrize("settings", ["", "--tied --n_layer 1 --n_expert 3 --n_inner 20 --optimizer adamw"])
+def test_any_number_of_ranks_loads_what_any_other_has_saved(call, data, tmp_path, settings):
+    """Bit for bit: of one process, 3 shards, 2 copies, 2 copies of 2 shards each, and again of one. The newest
+    checkpoint of the 3 shards has a damaged part, which one rank finds and all skip."""
+    flags = [*SMALL, "--data", data, *split(settings)]
+    call(train, *flags, "--steps", 2, "--batch_tokens", 192 * 4, "--micro_batch", 4, "--out", "0")
+    script = changed(tmp_path, RESAVE)
+    for number, (n, shard) in enumerate([(3, 3), (2, 1), (4, 2), (1, 1)]):
+        given = ["--out", number, "--resume", "--steps", 9, "--shard", shard]
+        printed = Ranks(tmp_path, *given, script=script, n=n).finish().printed
+        assert printed.count("damaged: 1/step-00000003.json (step-00000003.2-of-3") == (number == 1)
+        if number == 0:
+            folder = tmp_path / "1"
+            assert len(list(folder.glob("step-00000002.?-of-3.*.pt"))) == 3
+            record = (folder / "step-00000002.json").read_text()
+            (folder / "step-00000003.json").write_text(record.replace("00000002", "00000003"))
+            for part in folder.glob("*.pt"):
+                cut = part.read_bytes()[: -1 if "2-of" in part.name else None]
+                (folder / part.name.replace("00000002", "00000003")).write_bytes(cut)
+    assert_same(state_of(tmp_path / "0", 2)["model"], state_of(tmp_path / "4", 2)["model"])
+    assert_same(state_of(tmp_path / "0", 2)["optimizer"], state_of(tmp_path / "4", 2)["optimizer"])
+    assert_same(state_of(tmp_path / "0", 2)["model"], state_of(tmp_path / "1", 2)["model"])
 
 
 def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):

@@ -22,10 +22,11 @@ import pytest
 import torch
 from conftest import MACHINE, TINY, TINY_FLOPS, Ranks, assert_same, rows, shell, state_of, wait_for_step, words
 
-import model
+import checkpoint
 import prepare
 import train
-from model import GPT, Block, GPTConfig, load_checkpoint, model_settings
+from checkpoint import load_checkpoint
+from model import GPT, Block, GPTConfig, model_settings
 from published import load_model
 
 
@@ -435,7 +436,8 @@ def test_a_worse_evaluation_never_replaces_the_best_even_after_a_resume(call, da
 def test_what_is_saved_is_a_copy_of_the_weights_and_of_the_optimizer_state(call, data, monkeypatch):
     savers, saved, make = [], [], train.Saver
     monkeypatch.setattr(train, "Saver", lambda *given: savers.append(make(*given)) or savers[0])
-    monkeypatch.setattr(train, "save_checkpoint", lambda run, step, state, *more: saved.append(state))
+    write = train.write_part
+    monkeypatch.setattr(train, "write_part", lambda *given: saved.append(given[2]) or write(*given))
     call(train, *TINY, "--data", data, "--steps", 1)
     live = {t.data_ptr() for t in savers[0].weights.values()}
     live |= {t.data_ptr() for o in savers[0].optimizers for state in o.state.values() for t in state.values()}
@@ -445,11 +447,33 @@ def test_what_is_saved_is_a_copy_of_the_weights_and_of_the_optimizer_state(call,
 
 def test_weights_of_half_precision_travel_in_the_dtype_of_the_parameters(alone):
     """The other ranks wait for numbers of that size."""
-    sent = train.from_rank_0_like(torch.zeros(3), torch.full((3,), 1.5, dtype=torch.bfloat16))
+    train.fill(sent := torch.zeros(3), lambda rows: torch.full((len(rows),), 1.5, dtype=torch.bfloat16))
     assert sent.dtype == torch.float32 and sent.tolist() == [1.5] * 3
 
 
-@pytest.mark.parametrize("call_number", range(18))
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_rows_of_a_tensor_come_from_the_parts_that_torch_would_divide_it_into(parts):
+    for n in range(1, 12):
+        tensor, number = torch.arange(2 * n).view(n, 2), torch.tensor(7.0)
+        pieces = [*tensor.chunk(parts), *[tensor[:0]] * parts][:parts]
+        opened = []
+        held = [lambda p=p: opened.append(p) or {"model": {"t": p, "n": number}} for p in pieces]
+        tensors = checkpoint.Tensors("model", held)
+        assert torch.equal(tensors["t"], tensor) and tensors["n"] == tensors.rows("n", range(0), 0) == 7
+        for first, end in itertools.combinations_with_replacement(range(n + 1), 2):
+            opened.clear()
+            assert torch.equal(tensors.rows("t", range(first, end), n), tensor[first:end])
+            needed = [p for p in pieces if set(p.flatten().tolist()) & set(tensor[first:end].flatten().tolist())]
+            assert len(opened) == 1 + len(needed)  # the first one tells what there is
+
+
+def save(run: Path, step: int, state: dict, parts: int = 1, **more) -> None:
+    state = {**state, "step": step}
+    written = [checkpoint.write_part(run, step, state, part, parts, "mark") for part in range(parts)]
+    checkpoint.commit(run, step, written, **more)
+
+
+@pytest.mark.parametrize("call_number", range(17))
 def test_a_kill_at_any_call_of_a_save_loses_nothing(run, call_number):
     """The process is killed when it is about to make its n-th call that changes the disk. Two checkpoints are kept."""
     state = state_of(run, 20)
@@ -465,14 +489,16 @@ def test_a_kill_at_any_call_of_a_save_loses_nothing(run, call_number):
                     return real(*arguments, **more)
 
                 setattr(os, name, counted)
-            train.save_checkpoint(run, 25, {**state, "step": 25}, keep=2, best_loss=0.1)
+            save(run, 25, state, parts=2, keep=2, best_loss=0.1)
             os._exit(0)
         os._exit(1)
     status = os.waitpid(child, 0)[1]
+    assert (status == 0) == (call_number == 16) and (status == 0 or os.WTERMSIG(status) == signal.SIGKILL)
     whole = [step for step in (5, 10, 15, 20, 25) if (run / f"step-{step:08d}.json").exists() and state_of(run, step)]
     assert len(whole) >= 2 and whole[-1] == load_checkpoint(run)[0]["step"] >= 20
     assert load_checkpoint(run / "best.json")[0]["step"] in (20, 25)
-    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+    checkpoint.clear_folder(run, whole[-1], best_is_damaged=False)
+    assert {int(path.name[5:13]) for path in run.glob("step-*.*")} == set(whole)
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_is_whole(run, refused):
@@ -488,15 +514,15 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_is_w
 
 
 def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monkeypatch, capsys):
-    save_checkpoint, steps = train.save_checkpoint, []
+    write_part, steps = train.write_part, []
 
     def once_without_room(run, step, *more):
         steps.append(step)
         if step == 5:
             raise OSError("no room")
-        save_checkpoint(run, step, *more)
+        return write_part(run, step, *more)
 
-    monkeypatch.setattr(train, "save_checkpoint", once_without_room)
+    monkeypatch.setattr(train, "write_part", once_without_room)
     call(train, *TINY, "--data", data, "--out", "r", "--steps", 15, "--save_every", 5)
     assert "cannot save in r (no room); trying again" in capsys.readouterr().out
     assert steps == [5, 10, 15] and [state_of(tmp_path / "r", step)["step"] for step in (10, 15)] == [10, 15]
@@ -553,15 +579,15 @@ def test_a_user_s_files_are_left_alone(call, data, tmp_path):
 
 
 def test_a_checkpoint_that_a_run_replaces_at_that_moment_is_not_called_damaged(run, monkeypatch, capsys):
-    read, state = model.read_checkpoint, state_of(run, 20)
+    damage, state = checkpoint.damage, state_of(run, 20)
     (run / "best.json").unlink()
 
     def replaced(record):
         if not (run / "step-00000025.json").exists():
-            train.save_checkpoint(run, 25, {**state, "step": 25}, keep=1)
-        return read(record)
+            save(run, 25, state, keep=1)
+        return damage(record)
 
-    monkeypatch.setattr(model, "read_checkpoint", replaced)
+    monkeypatch.setattr(checkpoint, "damage", replaced)
     assert load_checkpoint(run)[0]["step"] == 25 and capsys.readouterr().err == ""
 
 
@@ -581,7 +607,7 @@ def test_damaged_checkpoints_are_gone_when_a_new_one_is_whole(run, call):
     damage(run / "step-00000020.pt", "half")
     for name in ("step-00000025.pt", "step-00000005.pt.partial", *USERS):  # of a process that was killed, and a user's
         (run / name).write_bytes(b"half of it")
-    assert train.read_best(run)["file"] == "step-00000020.pt"
+    assert train.read_best(run)["step"] == 20
     call(train, "--out", run, "--resume", "--keep", 1, "--stop_at", 16)
     left = {path.name for path in run.iterdir() if path.name.startswith("step-") or path.name in USERS}
     assert left == {"step-00000016.json", "step-00000016.pt", *USERS}
@@ -779,10 +805,27 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(run, refused):
     assert before == {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
 
 
-def test_a_damaged_shard_is_refused(refused, data, tmp_path):
+@pytest.mark.parametrize(
+    "how, told", [("half", "damaged (train-00000.npy: "), ("bit 1", "SHA-256 of train-00000.npy")]
+)
+def test_a_damaged_shard_is_refused(refused, data, tmp_path, how, told):
     shutil.copytree(data, tmp_path / "set")
-    damage(tmp_path / "set" / "train-00000.npy", "half")
-    assert "SHA-256 of train-00000.npy" in refused(train, *TINY, "--data", "set")
+    damage(tmp_path / "set" / "train-00000.npy", how)
+    assert told in refused(train, *TINY, "--data", "set") and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("save_every", [1, 10**6])
+def test_damage_found_in_training_stops_it_before_a_save(refused, data, tmp_path, monkeypatch, save_every):
+    def damaged_shard(folder, meta, first, every):
+        assert (folder, first, every) == (data, 0, 1)
+        wait_for_step(tmp_path / "r", 1)
+        return "the data is damaged"
+
+    monkeypatch.setattr(prepare, "damaged_shard", damaged_shard)
+    monkeypatch.setattr(train.threading.Thread, "join", lambda *_: None)
+    flags = [*TINY, "--data", data, "--steps", 10**6, "--save_every", save_every, "--eval_every", 10**6]
+    assert "the data is damaged" in refused(train, *flags, "--out", "r")
+    assert not list(tmp_path.glob("r/step-*"))
 
 
 def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path):

@@ -1,0 +1,204 @@
+"""The checkpoints of a run: written in parts, made valid by one small JSON file, read back whole or row by row.
+
+    runs/toy-1/step-00000560.pt                     weights, optimizer state, settings, tokenizer
+    runs/toy-1/step-00000560.json                   the step, and of each file with tensors its bytes and its SHA-256
+    runs/big/step-00000560.1-of-2.5b1e0c.pt         with --shard 2, two processes write the rows that they hold: one
+    runs/big/step-00000560.2-of-2.5b1e0c.pt         file each, whose name also has a mark of this start of the run
+    runs/toy-1/best.json                            the JSON of the checkpoint with the lowest val_loss
+
+Without its JSON, which is written last, a checkpoint does not exist. Old ones are removed after that, so that at each
+instant the newest whole one is on disk. Loading never executes code from a file. This file knows no processes: which
+one writes what, and when all have, is the Saver's part in train.py.
+
+    python -c "import checkpoint; print(checkpoint.load_checkpoint('runs/toy-1')[0]['config'])"
+"""
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prepare import sha256_of, write_json, written_whole
+
+CHECKPOINT = "step-" + 8 * "[0-9]"  # matches how the names of a checkpoint's files begin
+HEAD = {"step", "config", "tokenizer", "data"}  # what the first part holds beside tensors
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors in parts
+
+
+def rows_of_part(n: int, part: int, parts: int) -> range:
+    """The rows of a tensor with n of them that one of `parts` equal parts holds, as FSDP2 and torch.chunk divide it:
+    the last ones may have fewer, or none. rows_of_part(5, 1, 3) -> range(2, 4)"""
+    share = -(-n // parts)
+    return range(min(n, share * part), min(n, share * (part + 1)))
+
+
+class Tensors(Mapping):
+    """Tensors by name, of one kind: "model" (weights) or "optimizer". Each part of a checkpoint has some rows of each;
+    `parts` are functions that open one, and return {kind: {name: rows}}."""
+
+    def __init__(self, kind: str, parts: list[Callable[[], dict]]):
+        self.kind, self.parts = kind, parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts[0]()[self.kind])
+
+    def __len__(self) -> int:
+        return len(self.parts[0]()[self.kind])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The whole tensor."""
+        pieces = [self.parts[0]()[self.kind][name]]
+        if pieces[0].ndim > 0:  # else it is a number, which is in all parts
+            pieces += [part()[self.kind][name] for part in self.parts[1:]]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def rows(self, name: str, wanted: range, n: int) -> Tensor:
+        """These rows of a tensor that has n, or the number if it is one. Opens only the parts that hold them."""
+        first = self.parts[0]()[self.kind][name]
+        if first.ndim == 0:
+            return first
+        pieces = [first[:0]]
+        for number, part in enumerate(self.parts):
+            held = rows_of_part(n, number, len(self.parts))
+            if overlap := range(max(held.start, wanted.start), min(held.stop, wanted.stop)):
+                pieces.append(part()[self.kind][name][overlap.start - held.start : overlap.stop - held.start])
+        return torch.cat(pieces) if len(pieces) > 2 else pieces[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_part(run: Path, step: int, state: dict, part: int, parts: int, mark: str) -> dict:
+    """Write a file of a checkpoint, and return what the JSON says of it."""
+    name = f".{part + 1}-of-{parts}.{mark}" if parts > 1 else ""
+    path = run / f"step-{step:08d}{name}.pt"
+    with written_whole(path) as file:
+        torch.save(state, file)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def commit(run: Path, step: int, parts: list[dict], keep: int, best_loss: float | None = None) -> None:
+    """Make a checkpoint valid, and the best if it has this validation loss. Then remove all but the newest `keep` and
+    the best."""
+    record = {"step": step, "parts": parts}
+    write_json(run / f"step-{step:08d}.json", record)
+    if best_loss is not None:
+        write_json(run / "best.json", {**record, "val_loss": best_loss})
+    best = read_best(run).get("step")
+    for old in sorted(run.glob(f"{CHECKPOINT}.json"))[:-keep]:
+        if old.stem != f"step-{best or 0:08d}":
+            old.unlink()
+            for file in run.glob(f"{old.stem}*.pt"):
+                file.unlink()
+    for damaged in run.glob(f"{CHECKPOINT}.*.damaged"):
+        damaged.unlink()
+
+
+def read_best(run: Path) -> dict:
+    """The contents of best.json, or {} if there is none. clear_folder has made sure that it is whole."""
+    return json.loads(path.read_text(encoding="utf-8")) if (path := run / "best.json").exists() else {}
+
+
+def clear_folder(run: Path, step: int, best_is_damaged: bool) -> None:
+    """Remove from a run's folder, before it goes on from `step`, what processes that were killed have left. Damaged
+    checkpoints that were skipped get another name, until the next one is whole."""
+    if best_is_damaged:
+        (run / "best.json").unlink(missing_ok=True)  # so that the next evaluation counts as the best
+    for path in run.glob(f"{CHECKPOINT}.*"):
+        has_json = (run / f"{path.name[:13]}.json").exists()
+        if path.suffix == ".partial" or (path.suffix == ".pt" and not has_json):
+            path.unlink()
+        elif path.suffix in (".pt", ".json") and int(path.name[5:13]) > step:
+            path.rename(f"{path}.damaged")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def files_of(record: Path) -> list[dict]:
+    """What a checkpoint's JSON says of its files. Can raise any exception."""
+    named = json.loads(record.read_text(encoding="utf-8"))
+    return named["parts"] if "parts" in named else [named]  # older ones have one file
+
+
+def open_part(path: Path) -> dict:
+    """A part of a checkpoint. Its tensors are memory-mapped: they take memory only where they are used."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def damage(record: Path, first: int = 0, every: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads some of its files: those number `first`, `first + every`, ..."""
+    try:
+        for number, named in list(enumerate(files_of(record)))[first::every]:
+            path = record.with_name(Path(named["file"]).name)
+            if not path.exists():
+                return f"it names {path.name}, which is not beside it: give its files their own names again"
+            if sha256_of(path) != named["sha256"]:
+                return f"{path.name} does not match its SHA-256"
+            if missing := {"model", "optimizer", *(HEAD if number == 0 else ())} - open_part(path).keys():
+                return f"{path.name} lacks {', '.join(sorted(missing))}"
+    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def tensors_of(record: Path) -> dict[str, Tensors]:
+    """The weights ("model") and the optimizer state of a checkpoint. Its files are opened when they are needed."""
+    parts = [cache(partial(open_part, record.with_name(Path(named["file"]).name))) for named in files_of(record)]
+    return {kind: Tensors(kind, parts) for kind in ("model", "optimizer")}
+
+
+def read_checkpoint(record: Path) -> dict:
+    """The state of a checkpoint, of which damage() has made sure that it is whole: its step, config, tokenizer, hashes
+    of the data, and tensors."""
+    tensors = tensors_of(record)
+    first = tensors["model"].parts[0]()
+    config = first["config"] | first["config"].get("model", {})  # older ones nest the settings of the model
+    config.pop("model", None)
+    return {**{name: first[name] for name in HEAD}, "config": config, **tensors}
+
+
+def written_at(paths: Iterable[Path]) -> dict[Path, int]:
+    """When each of these files was written, without those that do not exist, or no longer."""
+    times = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            times[path] = path.stat().st_mtime_ns
+    return times
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
+    """The state of a checkpoint (named by its JSON or by a file of tensors), or of the newest whole one in a run's
+    folder, and the path of its JSON. Names each damaged one that it skips. Raises ValueError if none is left."""
+    path = Path(path)
+    json_name = re.sub(r"(\.\d+-of-\d+\.\w+)?\.\w+$", ".json", path.name)
+    paths = [path.with_name(json_name)] if path.is_file() else sorted(path.glob(f"{CHECKPOINT}.json"), reverse=True)
+    records = written_at(paths)
+    if not records and path.is_file():
+        raise ValueError(f"{json_name} is not beside {path}: a checkpoint consists of both files")
+    if not records:
+        raise ValueError(f"there is no checkpoint in {path}: make one with python train.py")
+    for record in records:
+        if (problem := damage(record)) is None:
+            return read_checkpoint(record), record
+        if written_at(paths) != records:
+            return load_checkpoint(path)  # a run that goes on has replaced it: look again
+        print(f"damaged: {record} ({problem})", file=sys.stderr)
+    raise ValueError(f"there is no intact checkpoint left in {path}")
+
+
+def newest_run(runs: str | Path = "runs") -> Path:
+    """The folder in `runs` with the newest checkpoint. Raises ValueError if there is none."""
+    records = written_at(Path(runs).glob(f"*/{CHECKPOINT}.json"))
+    if not records:
+        raise ValueError(f"there is no checkpoint in {runs}/ yet: make one with python train.py")
+    return max(records, key=records.get).parent
