@@ -7,27 +7,67 @@
     runs/toy-1/best.json                            the JSON of the checkpoint with the lowest val_loss
 
 Without its JSON, which is written last, a checkpoint does not exist. Old ones are removed after that, so that at each
-instant the newest whole one is on disk. Loading never executes code from a file. This file knows no processes: which
-one writes what, and when all have, is the Saver's part in train.py.
+instant the newest whole one is on disk. Loading never executes code from a file. A run that goes on in any number of
+processes, with any --shard, reads what any other number has written: each one the rows that it will hold.
 
     python -c "import checkpoint; print(checkpoint.load_checkpoint('runs/toy-1')[0]['config'])"
 """
 
 import contextlib
 import json
+import math
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from functools import cache, partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from prepare import sha256_of, write_json, written_whole
+from prepare import Console, fail, sha256_of, shard_hashes, write_json, written_whole
 
 CHECKPOINT = "step-" + 8 * "[0-9]"  # matches how the names of a checkpoint's files begin
 HEAD = {"step", "config", "tokenizer", "data"}  # what the first part holds beside tensors
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the processes of a run, its ranks, tell each other. All must call these together, since they wait for each other
+
+
+def stop_all_ranks(message: str) -> NoReturn:
+    """End every rank; rank 0 prints the message."""
+    if dist.get_rank() == 0:
+        fail(message)
+    raise SystemExit(2)
+
+
+def from_all_ranks(value) -> list:
+    """The `value` of every rank, on every rank."""
+    box = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def from_rank_0(value):
+    """Rank 0's `value`, on every rank."""
+    return from_all_ranks(value)[0]
+
+
+def sum_over_ranks(*numbers: float) -> list[float]:
+    totals = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def any_rank(*conditions) -> list[bool]:
+    """Whether each of the conditions holds on any rank."""
+    return [total > 0 for total in sum_over_ranks(*map(bool, conditions))]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors in parts
@@ -73,6 +113,25 @@ class Tensors(Mapping):
         return torch.cat(pieces) if len(pieces) > 2 else pieces[-1]
 
 
+def held(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this rank holds: all, or those of its part if it is a DTensor, FSDP2's kind of tensor.
+    (To import that name would take sample.py half a second.)"""
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def fill(tensor: Tensor, read: Callable[[range], Tensor]) -> None:
+    """Set a tensor to what `read` returns. Each rank of the first copy of the model reads the rows that it holds, and
+    sends them to those that hold the same rows of other copies: no rank ever has the whole model of --shard."""
+    rows, group = range(len(tensor) if tensor.ndim else 0), None
+    if mesh := getattr(tensor, "device_mesh", None):
+        rows = rows_of_part(len(tensor), mesh.get_local_rank("shard"), mesh["shard"].size())
+        group = mesh.get_group("replicate")
+    if dist.get_rank(group) == 0:
+        held(tensor).copy_(read(rows))
+    if dist.get_world_size(group) > 1:  # a single rank may be on a device without a backend, such as mps
+        dist.broadcast(held(tensor), group=group, group_src=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -101,6 +160,73 @@ def commit(run: Path, step: int, parts: list[dict], keep: int, best_loss: float 
                 file.unlink()
     for damaged in run.glob(f"{CHECKPOINT}.*.damaged"):
         damaged.unlink()
+
+
+class Saver:
+    """Writes the checkpoints of a run while training continues: each rank of the first copy of the model its part, in a
+    thread, then rank 0 the JSON. `config` is that of train.py, `meta` the meta.json of the data set. Calls verify()
+    before each save, which stops all ranks if the data set is damaged."""
+
+    def __init__(self, config, meta: dict, model: nn.Module, optimizers: list, log: Console, verify: Callable):
+        self.config, self.meta, self.optimizers, self.log, self.verify = config, meta, optimizers, log, verify
+        self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
+        self.thread, self.writing = futures.ThreadPoolExecutor(1), None
+        self.pending = None  # the step that is being saved, and its val_loss if it is the best so far
+        self.best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
+        self.mark = from_rank_0(os.urandom(3).hex())  # no late part of an earlier start can replace one of this
+
+    def save(self, step: int, best_loss: float | None = None) -> None:
+        """Begin to save the state after `step` steps; `best_loss` marks it as the best so far. Training waits only for
+        the previous save and for a copy of the state in main memory."""
+        start, config = time.monotonic(), self.config
+        self.verify()
+        self.best_loss = self.best_loss if best_loss is None else best_loss
+        if problem := self.wait():
+            self.log.line(f"{problem}; trying again")
+        if dist.get_rank() < config.shard:
+            states = optimizer_states(self.weights, self.optimizers)
+            moments = {f"{name}.{key}": tensor for name, kept in states.items() for key, tensor in kept.items()}
+            copies = [{n: held(t).to("cpu", copy=True) for n, t in kind.items()} for kind in (self.weights, moments)]
+            state = {"step": step, "config": config.given, "model": copies[0], "optimizer": copies[1]}
+            if dist.get_rank() == 0:
+                state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
+            place = dist.get_rank(), config.shard, self.mark
+            self.writing = self.thread.submit(write_part, Path(config.out), step, state, *place)
+        self.pending = step, best_loss
+        self.log.record(step=step, save_stall=time.monotonic() - start)
+
+    def is_writing(self) -> bool:
+        return self.writing is not None and not self.writing.done()
+
+    def commit(self) -> str | None:
+        """Make the pending checkpoint valid, if there is one; no rank is still writing. Returns what went wrong, if
+        anything."""
+        if self.pending is None:
+            return None
+        (step, best_loss), self.pending, run, written = self.pending, None, Path(self.config.out), None
+        problem = str(error) if self.writing and (error := self.writing.exception()) else None
+        if self.writing and not problem:
+            written = self.writing.result()
+        self.writing = None
+        parts, problems = zip(*from_all_ranks((written, problem)))
+        problem, is_valid = next(filter(None, problems), None), False
+        if problem is None and dist.get_rank() == 0:
+            try:
+                commit(run, step, parts[: self.config.shard], self.config.keep, best_loss)
+            except OSError as error:
+                problem = str(error)
+            is_valid = (run / f"step-{step:08d}.json").exists()
+        problem, is_valid = from_rank_0((problem, is_valid))
+        if written and not is_valid:
+            (run / written["file"]).unlink()
+        return f"cannot save in {run} ({problem})" if problem else None
+
+    def wait(self) -> str | None:
+        """Wait on all ranks until the pending checkpoint is valid. Returns what went wrong, if anything."""
+        while any_rank(self.is_writing()) != [False]:  # one long wait could reach --timeout
+            if self.writing:
+                futures.wait([self.writing], timeout=0.1)
+        return self.commit()
 
 
 def read_best(run: Path) -> dict:
@@ -148,7 +274,7 @@ def damage(record: Path, first: int = 0, every: int = 1) -> str | None:
             if missing := {"model", "optimizer", *(HEAD if number == 0 else ())} - open_part(path).keys():
                 return f"{path.name} lacks {', '.join(sorted(missing))}"
     except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def tensors_of(record: Path) -> dict[str, Tensors]:
@@ -165,6 +291,41 @@ def read_checkpoint(record: Path) -> dict:
     config = first["config"] | first["config"].get("model", {})  # older ones nest the settings of the model
     config.pop("model", None)
     return {**{name: first[name] for name in HEAD}, "config": config, **tensors}
+
+
+def newest_whole(run: Path) -> Path:
+    """The JSON of the newest checkpoint of a run that no rank finds damaged."""
+    for record in from_rank_0(sorted(run.glob(f"{CHECKPOINT}.json"), reverse=True)):
+        if (problem := damage_anywhere(record)) is None:
+            return record
+        if dist.get_rank() == 0:
+            print(f"damaged: {record} ({problem})", file=sys.stderr)
+    stop_all_ranks(f"there is no intact checkpoint left in {run}")
+
+
+def damage_anywhere(record: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: each rank reads some of its files."""
+    return next(filter(None, from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size()))), None)
+
+
+def optimizer_states(weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
+    """{name of a parameter: what its optimizer keeps for it}"""
+    names = {parameter: name for name, parameter in weights.items()}
+    groups = ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
+    return {names[p]: optimizer.state[p] for optimizer, group in groups for p in group["params"]}
+
+
+def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
+    """Load the optimizer state of a checkpoint. Hyperparameters stay those of the command line."""
+    parameters = dict(model.named_parameters())
+    states = optimizer_states(parameters, optimizers)
+    is_first = state and dist.get_rank() == 0
+    for name, ndim in from_rank_0([(n, tensor.ndim) for n, tensor in state["optimizer"].items()] if is_first else []):
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        moment = torch.zeros_like(parameter) if ndim else torch.zeros((), device=parameter.device)  # AdamW's count
+        fill(moment, lambda rows, name=name, n=len(parameter): state["optimizer"].rows(name, rows, n))
+        states[parameter_name][key] = moment
 
 
 def written_at(paths: Iterable[Path]) -> dict[Path, int]:

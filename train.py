@@ -50,12 +50,11 @@ import traceback
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -70,8 +69,9 @@ from torch.utils.checkpoint import checkpoint
 
 import prepare
 from chat import IGNORED, Conversations, dialogues
-from checkpoint import CHECKPOINT, clear_folder, commit, damage, newest_run, read_best, read_checkpoint
-from checkpoint import rows_of_part, write_part
+from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, damage_anywhere, fill, from_all_ranks, from_rank_0
+from checkpoint import newest_run, newest_whole, read_checkpoint, restore_optimizers, rows_of_part, stop_all_ranks
+from checkpoint import sum_over_ranks
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, empty_model, has_bfloat16, initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
 from published import load_source, tensors_at
@@ -185,7 +185,8 @@ def train(given: dict, resume: bool) -> None:
     config = open_folder(config, meta, step)  # the last change to the config
     log = Log(config, machine, model, step, started)
     log.header(train_data, val_data)
-    saver, stop = Saver(config, meta, model, optimizers, log, verification), Stop(parent, log)
+    saver = Saver(config, meta, model, optimizers, log, partial(verification.check, wait=True))
+    stop = Stop(parent, log)
     gc.enable()  # it was off while torch was imported
     n_skipped, saved, stopping, finished = 0, step, False, False
     with contextlib.suppress(KeyboardInterrupt):  # of stop.watched: the step is not applied, an evaluation not logged
@@ -210,13 +211,8 @@ def train(given: dict, resume: bool) -> None:
             step += 1
 
             # 3. Log, evaluate and save, when they are due.
-            is_writing, stopping, is_damaged = any_rank(saver.is_writing(), stop.requested(), verification.damage)
-            if is_damaged:
-                verification.check()
-            if not is_writing and (problem := saver.commit()):
-                log.line(f"{problem}; trying again at the next save")
+            stopping, is_best = agree(stop, saver, verification), False
             log.progress(step)
-            is_best = False
             if step % config.log_every == 0 or step in (1, config.stop_at) or stopping:
                 log.step(step, loss, grad_norm, n_skipped)
             if step == config.stop_at or (step % config.eval_every == 0 and not stopping):
@@ -259,6 +255,17 @@ def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machin
         weighted.backward()
         loss += weighted.detach()
     return loss
+
+
+def agree(stop: "Stop", saver: Saver, verification: "Verification") -> bool:
+    """Whether to stop: the same answer on every rank. In the same message the ranks tell each other whether they still
+    write the last checkpoint, which is valid when none does, and whether they have found damaged data."""
+    stopping, is_writing, is_damaged = any_rank(stop.requested(), saver.is_writing(), verification.damage)
+    if is_damaged:
+        verification.check()
+    if not is_writing and (problem := saver.commit()):
+        saver.log.line(f"{problem}; trying again at the next save")
+    return stopping
 
 
 def closing_text(model: GPT, config: Config, machine: "Machine", meta: dict, val_data: "Data") -> str | None:
@@ -314,21 +321,6 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
     run = Path(out) if out else newest_run()
     lock(run / ".lock", f"training in {run}")
     return run
-
-
-def newest_whole(run: Path) -> Path:
-    """The JSON of the newest checkpoint of a run that no rank finds damaged."""
-    for record in from_rank_0(sorted(run.glob(f"{CHECKPOINT}.json"), reverse=True)):
-        if (problem := damage_anywhere(record)) is None:
-            return record
-        if dist.get_rank() == 0:
-            print(f"damaged: {record} ({problem})", file=sys.stderr)
-    raise ValueError(f"there is no intact checkpoint left in {run}")
-
-
-def damage_anywhere(record: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: each rank reads some of its files."""
-    return next(filter(None, from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size()))), None)
 
 
 def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Config, Path | None, dict | None]:
@@ -400,8 +392,10 @@ def fine_tuning(given: dict, trained: dict) -> dict:
 
 def warn_of_rise(config: Config, step: int, state: dict | None) -> None:
     """Say on rank 0 if a resume raises the learning rate, which undoes what a run has learned in its decay."""
-    rate = lr_at(step, config)
-    if dist.get_rank() == 0 and step > 0 and rate > config.lr / 10 and rate > 2 * lr_at(step, build_config(state["config"])):
+    if dist.get_rank() > 0 or step == 0:
+        return
+    rate, before = (lr_at(step, c) for c in (config, build_config(state["config"])))
+    if rate > max(config.lr / 10, 2 * before):
         print(f"the new schedule raises the learning rate to {rate:.2g}: set it with --lr and --warmup")
 
 
@@ -661,25 +655,6 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     return full
 
 
-def held(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that this rank holds: all, or its part of them."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def fill(tensor: Tensor, read: Callable[[range], Tensor]) -> None:
-    """Set a tensor to what `read` returns. Each rank of the first copy of the model reads the rows that it holds, and
-    sends them to those that hold the same rows of other copies: no rank ever has the whole model of --shard."""
-    rows, group = range(len(tensor) if tensor.ndim else 0), None
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        rows = rows_of_part(len(tensor), mesh.get_local_rank("shard"), mesh["shard"].size())
-        group = mesh.get_group("replicate")
-    if dist.get_rank(group) == 0:
-        held(tensor).copy_(read(rows))
-    if dist.get_world_size(group) > 1:  # a single rank may be on a device without a backend, such as mps
-        dist.broadcast(held(tensor), group=group, group_src=0)
-
-
 def orthogonalised(matrices: Tensor) -> Tensor:
     """Matrices [N, R, C] with the same singular vectors and singular values near one, by five Newton-Schulz iterations
     with the coefficients of Jordan et al. (2024)."""
@@ -751,26 +726,6 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, getattr(torch, config.dtype), momentum=config.momentum, **shared), adamw]
 
 
-def optimizer_states(weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
-    """{name of a parameter: what its optimizer keeps for it}"""
-    names = {parameter: name for name, parameter in weights.items()}
-    groups = ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
-    return {names[p]: optimizer.state[p] for optimizer, group in groups for p in group["params"]}
-
-
-def restore_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
-    """Load the optimizer state of a checkpoint. Hyperparameters stay those of the command line."""
-    parameters = dict(model.named_parameters())
-    states = optimizer_states(parameters, optimizers)
-    is_first = state and dist.get_rank() == 0
-    for name, ndim in from_rank_0([(n, tensor.ndim) for n, tensor in state["optimizer"].items()] if is_first else []):
-        parameter_name, _, key = name.rpartition(".")
-        parameter = parameters[parameter_name]
-        moment = torch.zeros_like(parameter) if ndim else torch.zeros((), device=parameter.device)  # AdamW's count
-        fill(moment, lambda rows, name=name, n=len(parameter): state["optimizer"].rows(name, rows, n))
-        states[parameter_name][key] = moment
-
-
 def lr_at(step: int, config: Config) -> float:
     """Learning rate of step 0, 1, ...: linear warm-up, constant, then a linear decay that reaches zero at `steps`."""
     rise = (step + 1) / max(1, config.warmup * config.steps)
@@ -779,8 +734,7 @@ def lr_at(step: int, config: Config) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and checkpoints. A checkpoint is a tensor file, then a small JSON file that names it: without the JSON, it
-# does not exist
+# Evaluation
 
 
 @torch.no_grad()
@@ -813,72 +767,6 @@ def evaluate(model: GPT, data: Data, config: Config, machine: "Machine", watched
 def on_device(arrays: tuple, device: torch.device) -> list[Tensor | None]:
     """What Windows.get returns, as tensors on the device."""
     return [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
-
-
-class Saver:
-    """Writes checkpoints in background threads, one of each rank of the first copy of the model, while training
-    continues. A checkpoint is valid when all of them have written their parts, and rank 0 its JSON."""
-
-    def __init__(self, config: Config, meta: dict, model: GPT, optimizers: list, log: "Log", data: Verification):
-        self.config, self.meta, self.optimizers, self.log, self.data = config, meta, optimizers, log, data
-        self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
-        self.thread, self.writing = futures.ThreadPoolExecutor(1), None
-        self.pending = None  # the step that is being saved, and its val_loss if it is the best so far
-        self.best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
-        self.mark = from_rank_0(os.urandom(3).hex())  # no late part of an earlier start can replace one of this
-
-    def save(self, step: int, best_loss: float | None = None) -> None:
-        """Begin to save the state after `step` steps; `best_loss` marks it as the best so far. Training waits only for
-        the previous save and for a copy of the state in main memory."""
-        start, config = time.monotonic(), self.config
-        self.data.check(wait=True)
-        self.best_loss = self.best_loss if best_loss is None else best_loss
-        if problem := self.wait():
-            self.log.line(f"{problem}; trying again")
-        if dist.get_rank() < config.shard:
-            states = optimizer_states(self.weights, self.optimizers)
-            moments = {f"{name}.{key}": tensor for name, kept in states.items() for key, tensor in kept.items()}
-            copies = [{n: held(t).to("cpu", copy=True) for n, t in kind.items()} for kind in (self.weights, moments)]
-            state = {"step": step, "config": config.given, "model": copies[0], "optimizer": copies[1]}
-            if dist.get_rank() == 0:
-                state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
-            place = dist.get_rank(), config.shard, self.mark
-            self.writing = self.thread.submit(write_part, Path(config.out), step, state, *place)
-        self.pending = step, best_loss
-        self.log.record(step=step, save_stall=time.monotonic() - start)
-
-    def is_writing(self) -> bool:
-        return self.writing is not None and not self.writing.done()
-
-    def commit(self) -> str | None:
-        """Make the pending checkpoint valid, if there is one, when no rank is writing any more. Returns what went
-        wrong, if anything, on all ranks."""
-        if self.pending is None:
-            return None
-        (step, best_loss), self.pending, run, written = self.pending, None, Path(self.config.out), None
-        problem = str(error) if self.writing and (error := self.writing.exception()) else None
-        if self.writing and not problem:
-            written = self.writing.result()
-        self.writing = None
-        parts, problems = zip(*from_all_ranks((written, problem)))
-        problem, is_valid = next(filter(None, problems), None), False
-        if problem is None and dist.get_rank() == 0:
-            try:
-                commit(run, step, parts[: self.config.shard], self.config.keep, best_loss)
-            except OSError as error:
-                problem = str(error)
-            is_valid = (run / f"step-{step:08d}.json").exists()
-        problem, is_valid = from_rank_0((problem, is_valid))
-        if written and not is_valid:
-            (run / written["file"]).unlink()
-        return f"cannot save in {run} ({problem})" if problem else None
-
-    def wait(self) -> str | None:
-        """Wait on all ranks until the pending checkpoint is valid. Returns what went wrong, if anything."""
-        while any_rank(self.is_writing()) != [False]:  # one long wait could reach --timeout
-            if self.writing:
-                futures.wait([self.writing], timeout=0.1)
-        return self.commit()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1116,36 +1004,6 @@ def start_processes(timeout: float) -> dist.Store:
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return store
-
-
-def stop_all_ranks(message: str) -> NoReturn:
-    """End every rank; rank 0 prints the message."""
-    if dist.get_rank() == 0:
-        fail(message)
-    raise SystemExit(2)
-
-
-def from_all_ranks(value) -> list:
-    """The `value` of every rank, on every rank."""
-    box = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
-    return box
-
-
-def from_rank_0(value):
-    """Rank 0's `value`, on every rank."""
-    return from_all_ranks(value)[0]
-
-
-def sum_over_ranks(*numbers: float) -> list[float]:
-    totals = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(totals)
-    return totals.tolist()
-
-
-def any_rank(*conditions) -> list[bool]:
-    """Whether each of the conditions holds on any rank."""
-    return [total > 0 for total in sum_over_ranks(*map(bool, conditions))]
 
 
 def check_same(what: str, mine: dict) -> None:

@@ -424,7 +424,7 @@ def test_a_worse_evaluation_never_replaces_the_best_even_after_a_resume(call, da
     flags = [*TINY, "--data", data, "--out", "r", "--steps", 5, "--eval_every", 1, "--keep", 1]
     call(train, *flags, "--stop_at", 3)
     call(train, "--out", "r", "--resume")
-    assert load_checkpoint("r/best.json")[0]["step"] == 2 and train.read_best(Path("r"))["val_loss"] == 2.0
+    assert load_checkpoint("r/best.json")[0]["step"] == 2 and checkpoint.read_best(Path("r"))["val_loss"] == 2.0
     assert load_checkpoint("r")[0]["step"] == 5
     assert sorted(p.name for p in Path("r").glob("*.pt")) == ["step-00000002.pt", "step-00000005.pt"]
     damage(Path("r/step-00000002.pt"), "half")
@@ -436,8 +436,8 @@ def test_a_worse_evaluation_never_replaces_the_best_even_after_a_resume(call, da
 def test_what_is_saved_is_a_copy_of_the_weights_and_of_the_optimizer_state(call, data, monkeypatch):
     savers, saved, make = [], [], train.Saver
     monkeypatch.setattr(train, "Saver", lambda *given: savers.append(make(*given)) or savers[0])
-    write = train.write_part
-    monkeypatch.setattr(train, "write_part", lambda *given: saved.append(given[2]) or write(*given))
+    write = checkpoint.write_part
+    monkeypatch.setattr(checkpoint, "write_part", lambda *given: saved.append(given[2]) or write(*given))
     call(train, *TINY, "--data", data, "--steps", 1)
     live = {t.data_ptr() for t in savers[0].weights.values()}
     live |= {t.data_ptr() for o in savers[0].optimizers for state in o.state.values() for t in state.values()}
@@ -447,7 +447,7 @@ def test_what_is_saved_is_a_copy_of_the_weights_and_of_the_optimizer_state(call,
 
 def test_weights_of_half_precision_travel_in_the_dtype_of_the_parameters(alone):
     """The other ranks wait for numbers of that size."""
-    train.fill(sent := torch.zeros(3), lambda rows: torch.full((len(rows),), 1.5, dtype=torch.bfloat16))
+    checkpoint.fill(sent := torch.zeros(3), lambda rows: torch.full((len(rows),), 1.5, dtype=torch.bfloat16))
     assert sent.dtype == torch.float32 and sent.tolist() == [1.5] * 3
 
 
@@ -514,7 +514,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_is_w
 
 
 def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monkeypatch, capsys):
-    write_part, steps = train.write_part, []
+    write_part, steps = checkpoint.write_part, []
 
     def once_without_room(run, step, *more):
         steps.append(step)
@@ -522,7 +522,7 @@ def test_a_save_that_fails_is_tried_again_at_the_next(call, data, tmp_path, monk
             raise OSError("no room")
         return write_part(run, step, *more)
 
-    monkeypatch.setattr(train, "write_part", once_without_room)
+    monkeypatch.setattr(checkpoint, "write_part", once_without_room)
     call(train, *TINY, "--data", data, "--out", "r", "--steps", 15, "--save_every", 5)
     assert "cannot save in r (no room); trying again" in capsys.readouterr().out
     assert steps == [5, 10, 15] and [state_of(tmp_path / "r", step)["step"] for step in (10, 15)] == [10, 15]
@@ -607,7 +607,7 @@ def test_damaged_checkpoints_are_gone_when_a_new_one_is_whole(run, call):
     damage(run / "step-00000020.pt", "half")
     for name in ("step-00000025.pt", "step-00000005.pt.partial", *USERS):  # of a process that was killed, and a user's
         (run / name).write_bytes(b"half of it")
-    assert train.read_best(run)["step"] == 20
+    assert checkpoint.read_best(run)["step"] == 20
     call(train, "--out", run, "--resume", "--keep", 1, "--stop_at", 16)
     left = {path.name for path in run.iterdir() if path.name.startswith("step-") or path.name in USERS}
     assert left == {"step-00000016.json", "step-00000016.pt", *USERS}
