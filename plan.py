@@ -26,8 +26,8 @@ from train import ACCELERATORS, Config, muon_matrices
 NODE_GPUS, NODE_LINK = 8, 400e9  # bytes per second out of a node, all ports together
 HOP_SECONDS = 10e-6  # latency of a message
 FAILURES_PER_GPU_DAY, RESTART_SECONDS = 4.74e-4, 600.0
-COPY_BYTES_PER_SECOND = 20e9  # from GPUs to main memory, for a checkpoint
-WRITE_BYTES_PER_SECOND = 1e9  # from there to a disk, by one thread that also computes the SHA-256
+COPY_BYTES_PER_SECOND = 20e9  # from a GPU to main memory, for a checkpoint
+WRITE_BYTES_PER_SECOND = 1e9  # from there to a disk, by one thread of each rank that also computes the SHA-256
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas
@@ -193,14 +193,15 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
         warnings.append("it does not fit: " + (f"use --shard {smallest}" if smallest else too_large))
 
     failures, state = FAILURES_PER_GPU_DAY * gpus, checkpoint_bytes(model, config)
-    between, stall = 86400 / failures, state / COPY_BYTES_PER_SECOND
-    interval = max(math.sqrt(2 * stall * between), state / WRITE_BYTES_PER_SECOND)  # Young, 1974
+    between, part = 86400 / failures, state / shard  # of the first copy of the model, each rank saves a part
+    stall = part / COPY_BYTES_PER_SECOND
+    interval = max(math.sqrt(2 * stall * between), part / WRITE_BYTES_PER_SECOND)  # Young, 1974
     lost = min(1.0, stall / interval + interval / (2 * between) + RESTART_SECONDS / between)
     restarts = f"{failures:,.2g} per day with restarts of {clock(RESTART_SECONDS)}, assumed"
     yield f"failures   {restarts}: {lost:.1%} of the time is lost"
-    yield f"save       {state / 1e9:,.1f} GB every {clock(interval)}, --save_every {max(1, round(interval / seconds))}"
-    if state > 1e12:
-        warnings.append(f"rank 0 gathers a checkpoint of {state / 1e12:.1f} TB in its main memory")
+    parts = f" in {shard:,} parts" if shard > 1 else ""
+    every = f"{clock(interval)}, --save_every {max(1, round(interval / seconds))}"
+    yield f"save       {state / 1e9:,.1f} GB{parts} every {every}"
     if lost > 0.1:
         warnings.append(f"failures take {lost:.0%} of the time")
     yield from (f"warning    {warning}" for warning in warnings)
