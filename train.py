@@ -586,6 +586,11 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     return full
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds: all of it, or some of its first dimension."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def from_rank_0_like(tensor: Tensor, full: Tensor | None) -> Tensor:
     """Rank 0 sends `full`, a tensor of the shape of `tensor`, in its dtype. Returns each rank's part of it."""
     if dist.get_rank() == 0:
@@ -607,7 +612,24 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # (a + b gram + c gram^2) x
-    return x.mT if tall else x
+    return x.mT.contiguous() if tall else x
+
+
+def swapped(parts: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+    """Send parts[i] to the i-th of `ranks`. Returns what each of them has sent to this one."""
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=ranks)
+    return received
+
+
+def orthogonalised_by(ranks: dist.ProcessGroup, parts: Tensor, n_rows: int) -> Tensor:
+    """Orthogonalise matrices [n_rows, C] that are divided among `ranks`, which take them in turn. parts[i] [share, C]
+    is what this rank has of the i-th, and padding if the ranks have unequal parts. The result has the same layout."""
+    x = swapped(parts.unflatten(0, (-1, ranks.size())).transpose(0, 1).contiguous(), ranks)
+    x = x.transpose(0, 1).flatten(1, 2)  # the matrices on which this rank works
+    x[:, :n_rows] = orthogonalised(x[:, :n_rows].contiguous())
+    x = swapped(x.unflatten(1, (ranks.size(), -1)).transpose(0, 1).contiguous(), ranks)
+    return x.transpose(0, 1).flatten(0, 1)
 
 
 class Muon(torch.optim.Muon):
@@ -623,30 +645,38 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Apply the gradients. Every rank must call it."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        (group,) = self.param_groups
+        """Apply the gradients. Every rank must call it. The ranks that share a copy of the model update some of the
+        matrices together. Each sends its parts of these to the ranks that hold the same parts in other copies."""
+        rank, world, (group,) = dist.get_rank(), dist.get_world_size(), self.param_groups
+        mesh = getattr(group["params"][0], "device_mesh", None)
+        same_part, same_copy = mesh.get_all_groups() if mesh else (None, None)
+        n_shards = mesh.size(1) if mesh else 1
         same_shape = defaultdict(list)
         for matrix in group["params"]:
             same_shape[matrix.shape].append(matrix)
-        for shape, matrices in same_shape.items():  # rank i % world works on the i-th of them
-            mine = []
+        for shape, matrices in same_shape.items():
+            by_copy = defaultdict(list)  # rank i % world works on the i-th of them
             for i, matrix in enumerate(matrices):
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-                mean = self.state[matrix]["momentum_buffer"]
-                mean.lerp_(matrix.grad, 1 - group["momentum"])
-                ahead = whole(matrix.grad.lerp(mean, group["momentum"]).to(self.dtype))  # Nesterov momentum
-                if i % world == rank:
-                    mine.append(ahead)
-            updates = orthogonalised(torch.stack(mine)).contiguous() if mine else None
-            received = torch.empty(shape, dtype=self.dtype, device=matrices[0].device)
-            for i, matrix in enumerate(matrices):
-                update = updates[i // world] if i % world == rank else received
-                if world > 1:  # a single rank may be on a device without a backend, such as mps
-                    dist.broadcast(update, src=i % world)
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(part(update, matrix), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                self.state[matrix]["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                by_copy[i % world // n_shards].append(matrix)
+            mine, n_slots = by_copy.get(rank // n_shards, []), math.ceil(len(by_copy[0]) / n_shards) * n_shards
+            size = n_slots, math.ceil(shape[0] / n_shards), shape[1]
+            ahead = torch.zeros(size, dtype=self.dtype, device=matrices[0].device)
+            for slot, matrix in zip(ahead, mine):
+                nesterov = local(matrix.grad.lerp(self.state[matrix]["momentum_buffer"], group["momentum"]))
+                slot[: len(nesterov)] = nesterov
+            if mine:
+                ahead = orthogonalised_by(same_copy, ahead, shape[0]) if mesh else orthogonalised(ahead[: len(mine)])
+            received = ahead.new_empty(size)
+            for copy, work in by_copy.items():
+                updates = (ahead if work is mine else received)[: len(work)]
+                if world > n_shards:  # a single rank may be on a device without a backend, such as mps
+                    dist.broadcast(updates, src=copy * n_shards + rank % n_shards, group=same_part)
+                for update, matrix in zip(updates, work):
+                    weights = local(matrix).mul_(1 - group["lr"] * group["weight_decay"])
+                    weights.add_(update[: len(weights)], alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
 def muon_matrices(model: GPT, config: Config) -> list[Tensor]:
