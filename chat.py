@@ -27,8 +27,10 @@ import os
 import random
 import sys
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
+from heapq import heappop, heappush
 from itertools import cycle
 from pathlib import Path
 
@@ -36,12 +38,13 @@ import numpy as np
 import regex  # see tokenizer.py
 
 from model import GPT, KVCache
-from prepare import DEFAULT_TOKENIZER, SPLITS, NewDataset, Piece, Skipped, default_out
+from prepare import DEFAULT_TOKENIZER, SPLITS, NewDataset, Piece, Skipped, Windows, default_out
 from prepare import exit_on, fail, is_container, records, split_of, tolerate_streams
 from sample import add_flags, continuations, open_model, run
 from tokenizer import CHATML, Part, Template, Tokenizer
 
 IGNORED = -100  # torch's number for a target that the loss does not count
+CHUNK = 1 << 20  # tokens of a data set that are searched for conversations at a time
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A conversation as tokens
@@ -324,53 +327,68 @@ def stdlib_conversations(files: list[Path], val_fraction: float) -> Iterator[tup
 
 class Conversations:
     """A split of conversations, packed into rows of seq_len inputs and their targets. A conversation that is longer
-    than a row is cut after an answer; without an answer that fits, it is left out."""
+    than a row is cut after an answer; without an answer that fits, it is left out. Tokens and masks stay in their
+    memory-mapped files: an index tells where the conversations of each row are."""
 
     def __init__(self, shards: list[np.ndarray], masks: list[np.ndarray], seq_len: int, separator: int):
-        tokens, mask = np.concatenate(shards), np.concatenate(masks)
-        # In u u a a # u a # (# separates conversations, a is learned) answers end at 3 and 6, conversations at 4 and 7.
-        answer_ends = np.append(-1, np.flatnonzero(mask & ~np.append(mask[1:], False)))  # -1: before all conversations
-        stops = np.flatnonzero(tokens == separator)
-        starts = np.append(0, stops[:-1] + 1)
+        self.tokens, self.masks = Windows(shards, seq_len), Windows(masks, seq_len)
+        self.seq_len, self.separator, stops, changes, previous = seq_len, separator, [], [], False
+        # In u u a a # u a # (# separates conversations, a is learned) conversations end at 4 and 7. The mask changes
+        # after 1, 3, 5 and 6: with every second change an answer ends.
+        for begin in range(0, self.tokens.n_tokens, CHUNK):
+            tokens, mask = (data.window(begin, begin + CHUNK) for data in (self.tokens, self.masks))
+            stops.append(begin + np.flatnonzero(tokens == separator))
+            changes.append(begin - 1 + np.flatnonzero(np.diff(mask, prepend=previous)))
+            previous = mask[-1]
+        stops, changes = np.concatenate(stops), np.concatenate(changes)
+        answer_ends = np.append(-1, changes[1::2])  # -1: before all conversations
+        n_learned = np.append(0, np.cumsum(changes[1::2] - changes[:-1:2]))  # tokens up to each of these ends
+        starts = np.append(0, stops + 1)[:-1]
+        # The last answer that ends before each start (of an earlier conversation), before each stop and each limit.
         limits = np.minimum(stops, starts + seq_len + 1)
-        # The last answer that ends before each stop, and before each limit: perhaps one of an earlier conversation.
-        last, fitting = (answer_ends[np.searchsorted(answer_ends, limit) - 1] for limit in (stops, limits))
-        fits = fitting >= starts
+        before, last, fitting = (np.searchsorted(answer_ends, places) - 1 for places in (starts, stops, limits))
+        fits = fitting > before
         self.n_cut, self.n_left_out = int(np.sum(fits & (fitting < last))), int(np.sum(~fits))
-        starts, lengths = starts[fits], (fitting - starts + 1)[fits]
-        rows = pack(lengths, seq_len + 1)
-        self.n_tokens, self.n_windows = int(lengths.sum()), len(rows)
-        self.tokens = np.full((len(rows), seq_len + 1), separator, tokens.dtype)
-        self.mask = np.zeros(self.tokens.shape, bool)
-        self.numbers = np.full(self.tokens.shape, seq_len)  # of the conversation in its row; padding has the highest
-        for row, members in enumerate(rows):
-            ends = np.cumsum(lengths[members])
-            for number, (i, end) in enumerate(zip(members, ends)):
-                here, there = np.s_[row, end - lengths[i] : end], np.s_[starts[i] : starts[i] + lengths[i]]
-                self.tokens[here], self.mask[here], self.numbers[here] = tokens[there], mask[there], number
+        spans = np.stack([starts, answer_ends[fitting] + 1], axis=1)[fits]
+        rows = pack(lengths := spans[:, 1] - spans[:, 0], seq_len + 1)
+        self.counts = np.bincount(rows, (n_learned[fitting] - n_learned[before])[fits]).astype(np.int64)  # targets
+        self.n_tokens, self.n_windows = int(lengths.sum()), len(self.counts)
+        order = np.lexsort((-lengths, rows))  # row by row, the longest first
+        self.spans, self.bounds = spans[order], np.searchsorted(rows[order], np.arange(self.n_windows + 1))
 
     def count(self, indices: np.ndarray) -> int:
         """How many targets of these rows the loss counts."""
-        return int(self.mask[indices].sum())
+        return int(self.counts[indices].sum())
 
     def get(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The inputs and targets [len(indices), seq_len] of these rows, and the number of each input's conversation."""
-        tokens = self.tokens[indices].astype(np.int64)
-        targets = np.where(self.mask[indices], tokens, IGNORED)
-        return tokens[:, :-1], targets[:, 1:], self.numbers[indices, :-1]
+        shape = len(indices), self.seq_len + 1
+        tokens, mask, numbers = np.full(shape, self.separator), np.zeros(shape, bool), np.full(shape, self.seq_len)
+        for row, index in enumerate(indices):
+            at = 0
+            for number, (begin, end) in enumerate(self.spans[slice(*self.bounds[index : index + 2])]):
+                here = np.s_[row, at : (at := at + end - begin)]
+                tokens[here], mask[here] = self.tokens.window(begin, end), self.masks.window(begin, end)
+                numbers[here] = number  # padding keeps the highest
+        targets = np.where(mask, tokens, IGNORED)
+        return tokens[:, :-1], targets[:, 1:], numbers[:, :-1].copy()
 
 
-def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+def pack(lengths: np.ndarray, size: int) -> np.ndarray:
     """Pack items into rows by best fit: the longest first, each into the fullest row that has room for it. Returns the
-    items of each row: pack([3, 5, 1, 2], 6) -> [[1, 2], [0, 3]]"""
-    rows, spaces = [], []  # spaces: the room in each row and the row's number, sorted
+    row of each item: pack([3, 5, 1, 2], 6) -> [1, 0, 0, 1]"""
+    rows = np.empty(len(lengths), np.int64)
+    rooms, having = [size], defaultdict(list, {size: [0]})  # sorted, and the rows that have each, the first on top
     for item in np.argsort(-lengths, kind="stable").tolist():
-        if (at := bisect_left(spaces, (lengths[item],))) == len(spaces):
-            spaces.append((size, len(rows)))
-            rows.append([])
-        room, row = spaces.pop(at)
-        rows[row].append(item)
-        insort(spaces, (room - lengths[item], row))
+        room = rooms[at := bisect_left(rooms, lengths[item])]
+        rows[item] = row = heappop(having[room])
+        if room == size:
+            having[size] = [row + 1]  # there always is one more empty row
+        elif not having[room]:
+            del rooms[at]
+        if not having[left := room - int(lengths[item])]:
+            insort(rooms, left)
+        heappush(having[left], row)
     return rows
 
 
@@ -444,7 +462,8 @@ def dialogues(model: GPT, tokenizer: Tokenizer, data: Conversations) -> str:
     end of a training run."""
     texts = []
     for row in sorted({0, data.n_windows // 2, data.n_windows - 1}):
-        ids = data.tokens[row, : max(1, data.mask[row].argmax())].tolist()
+        inputs, targets, _ = (array[0] for array in data.get(np.array([row])))
+        ids = inputs[: (targets != IGNORED).argmax() + 1].tolist()
         steps = continuations(model.eval(), tokenizer, ids, 1, model.config.seq_len - len(ids), temperature=0)
         texts.append(tokenizer.decode(ids) + "".join(text for (text,) in steps))
     return "\n\n".join(texts)

@@ -10,6 +10,7 @@ import contextlib
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,11 +102,12 @@ def compute_seconds(model: GPT, config: Config, gpu: str, gpus: int, mfu: float)
 
 def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute: float) -> tuple[float, float]:
     """Seconds that a step's traffic takes on the slowest link, and how many of them do not overlap with `compute`
-    seconds of computation. Weights travel in the run's dtype, gradients in float32, Muon's updates one by one."""
+    seconds of computation. Weights and Muon's matrices travel in the run's dtype, gradients in float32."""
     shard, n, size = config.shard, model.n_params(), product_bytes(config)
     n_micro = max(1, config.batch_tokens / gpus / (config.micro_batch * config.seq_len))
     matrices = muon_matrices(model, config)
     muon_bytes = size * sum(p.numel() for p in matrices)
+    busiest = size * sum(math.prod(s) * math.ceil(k / gpus) for s, k in Counter(p.shape for p in matrices).items())
     inside = link if shard <= NODE_GPUS else NODE_LINK
     across = link if gpus <= NODE_GPUS else NODE_LINK / min(shard, NODE_GPUS)  # the ranks of a node share its ports
 
@@ -114,9 +116,9 @@ def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute:
 
     gathered = 2 * n_micro * ring(size * n, shard, inside)  # in forward and in backward
     averaged = n_micro * ring(4 * n, shard, inside) + 2 * ring(4 * n / shard, gpus // shard, across)
-    updates = ring(muon_bytes, shard, inside) if matrices else 0.0
-    if gpus > 1:
-        updates += muon_bytes / (link if gpus <= NODE_GPUS else NODE_LINK) + len(matrices) * HOP_SECONDS
+    updates = 2 * ring(busiest, shard, inside) if matrices else 0.0  # whole matrices to a rank, and back
+    if gpus > shard:  # then the parts to all copies
+        updates += muon_bytes / shard / across + len(matrices) / shard * HOP_SECONDS
     last_backward = compute * 2 / 3 / n_micro  # DDP averages in this one, all but the last bucket of 25 MiB
     overlap = compute if shard > 1 else last_backward * max(0.0, 1 - 25 * 2**20 / (4 * n))
     return gathered + averaged + updates, max(0.0, gathered + averaged - overlap) + updates

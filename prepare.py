@@ -628,13 +628,13 @@ class Windows:
     def get(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """The inputs and targets [len(indices), seq_len] of these windows, and the number of each input's document. The
         separator that ends a document counts as the first token of the next, as in the prompts of sample.py."""
-        tokens = np.stack([self.window(i) for i in indices]).astype(np.int64)
+        starts = indices * self.seq_len
+        tokens = np.stack([self.window(start, start + self.seq_len + 1) for start in starts]).astype(np.int64)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         return inputs, targets, None if self.separator is None else (inputs == self.separator).cumsum(1)
 
-    def window(self, index: int) -> np.ndarray:
-        """The tokens [seq_len + 1] of a window, which may span several shards."""
-        begin, end = index * self.seq_len, (index + 1) * self.seq_len + 1
+    def window(self, begin: int, end: int) -> np.ndarray:
+        """The tokens begin .. end - 1, which may span several shards."""
         first, last = np.searchsorted(self.starts, [begin, end - 1], side="right") - 1
         parts = zip(self.starts[first : last + 1], self.shards[first : last + 1])
         return np.concatenate([shard[max(begin - start, 0) : end - start] for start, shard in parts])

@@ -63,14 +63,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import prepare
 from chat import IGNORED, Conversations, dialogues
 from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, damage_anywhere, fill, from_all_ranks, from_rank_0
-from checkpoint import newest_run, newest_whole, read_checkpoint, restore_optimizers, rows_of_part, stop_all_ranks
+from checkpoint import held, newest_run, newest_whole, read_checkpoint, restore_optimizers, rows_of_part, stop_all_ranks
 from checkpoint import sum_over_ranks
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, empty_model, has_bfloat16, initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
@@ -648,13 +648,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor, if `like` is divided."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return full
-
-
 def orthogonalised(matrices: Tensor) -> Tensor:
     """Matrices [N, R, C] with the same singular vectors and singular values near one, by five Newton-Schulz iterations
     with the coefficients of Jordan et al. (2024)."""
@@ -665,7 +658,24 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # (a + b gram + c gram^2) x
-    return x.mT if tall else x
+    return x.mT.contiguous() if tall else x
+
+
+def swapped(parts: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+    """Send parts[i] to the i-th of `ranks`. Returns what each of them has sent to this one."""
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=ranks)
+    return received
+
+
+def orthogonalised_by(ranks: dist.ProcessGroup, parts: Tensor, n_rows: int) -> Tensor:
+    """Orthogonalise matrices [n_rows, C] that are divided among `ranks`, which take them in turn. parts[i] [share, C]
+    is what this rank has of the i-th, and padding if the ranks have unequal parts. The result has the same layout."""
+    x = swapped(parts.unflatten(0, (-1, ranks.size())).transpose(0, 1).contiguous(), ranks)
+    x = x.transpose(0, 1).flatten(1, 2)  # the matrices on which this rank works
+    x[:, :n_rows] = orthogonalised(x[:, :n_rows].contiguous())
+    x = swapped(x.unflatten(1, (ranks.size(), -1)).transpose(0, 1).contiguous(), ranks)
+    return x.transpose(0, 1).flatten(0, 1)
 
 
 class Muon(torch.optim.Muon):
@@ -681,30 +691,38 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Apply the gradients. Every rank must call it."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        (group,) = self.param_groups
+        """Apply the gradients. Every rank must call it. The ranks that share a copy of the model update some of the
+        matrices together. Each sends its parts of these to the ranks that hold the same parts in other copies."""
+        rank, world, (group,) = dist.get_rank(), dist.get_world_size(), self.param_groups
+        mesh = getattr(group["params"][0], "device_mesh", None)
+        same_part, same_copy = mesh.get_all_groups() if mesh else (None, None)
+        n_shards = mesh.size(1) if mesh else 1
         same_shape = defaultdict(list)
         for matrix in group["params"]:
             same_shape[matrix.shape].append(matrix)
-        for shape, matrices in same_shape.items():  # rank i % world works on the i-th of them
-            mine = []
+        for shape, matrices in same_shape.items():
+            by_copy = defaultdict(list)  # rank i % world works on the i-th of them
             for i, matrix in enumerate(matrices):
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-                mean = self.state[matrix]["momentum_buffer"]
-                mean.lerp_(matrix.grad, 1 - group["momentum"])
-                ahead = whole(matrix.grad.lerp(mean, group["momentum"]).to(self.dtype))  # Nesterov momentum
-                if i % world == rank:
-                    mine.append(ahead)
-            updates = orthogonalised(torch.stack(mine)).contiguous() if mine else None
-            received = torch.empty(shape, dtype=self.dtype, device=matrices[0].device)
-            for i, matrix in enumerate(matrices):
-                update = updates[i // world] if i % world == rank else received
-                if world > 1:  # a single rank may be on a device without a backend, such as mps
-                    dist.broadcast(update, src=i % world)
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(part(update, matrix), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                self.state[matrix]["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                by_copy[i % world // n_shards].append(matrix)
+            mine, n_slots = by_copy.get(rank // n_shards, []), math.ceil(len(by_copy[0]) / n_shards) * n_shards
+            size = n_slots, math.ceil(shape[0] / n_shards), shape[1]
+            ahead = torch.zeros(size, dtype=self.dtype, device=matrices[0].device)
+            for slot, matrix in zip(ahead, mine):
+                nesterov = held(matrix.grad.lerp(self.state[matrix]["momentum_buffer"], group["momentum"]))
+                slot[: len(nesterov)] = nesterov
+            if mine:
+                ahead = orthogonalised_by(same_copy, ahead, shape[0]) if mesh else orthogonalised(ahead[: len(mine)])
+            received = ahead.new_empty(size)
+            for copy, work in by_copy.items():
+                updates = (ahead if work is mine else received)[: len(work)]
+                if world > n_shards:  # a single rank may be on a device without a backend, such as mps
+                    dist.broadcast(updates, src=copy * n_shards + rank % n_shards, group=same_part)
+                for update, matrix in zip(updates, work):
+                    weights = held(matrix).mul_(1 - group["lr"] * group["weight_decay"])
+                    weights.add_(update[: len(weights)], alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
 def muon_matrices(model: GPT, config: Config) -> list[Tensor]:

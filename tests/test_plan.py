@@ -100,7 +100,7 @@ CAP = 8192e-9 * 4 * 32 * 8192 * (2 + 4 + 2)  # of each score: tanh, softmax in f
 LOGITS = 8192e-9 * 128256 * (2 + 4 + 4)  # in bfloat16; their softmax and their gradient in float32
 GATHERED, SCATTERED = 2 * 2 * N * 7 / 8 / 450, 4 * N * 7 / 8 / 450  # seconds in a group of eight, for a micro-batch
 SHARED = GATHERED + SCATTERED + N * 7 / 8 / 50 + 3.5e-4  # then averaged over eight nodes, whose ranks share a port
-UPDATES = 2 * MATRICES * (7 / 8 / 450 + 1 / 400) + 3.5e-4
+UPDATES = 2 * 2 * (4096**2 * 1.25e-9 + 2 * 14336 * 4096e-9) * 7 / 8 / 450 + 2 * MATRICES / 8 / 50 + 17.5e-5  # 4 shapes
 SHORT = 2 * (GATHERED + SCATTERED + 2.1e-4) + 2 * (N / 2 * 63 / 64 / 50 + 63e-5)  # of two micro-batches
 LLAMA = "--preset llama3-8b --n_layer 4 --gpus "
 
@@ -145,11 +145,12 @@ def test_a_gpu_has_its_published_figures(call, capsys, kind):
 
 def test_meta_s_run_is_planned_at_meta_s_pace(call, capsys):
     """With 16 times as many tokens in a step, to hide the network, which Meta shared out in more ways than this program
-    knows. Published: 30.84 million GPU-hours, 419 unexpected interruptions in 54 days."""
+    knows. Published: 30.84 million GPU-hours, of which over 90% were training, and 419 unexpected interruptions in 54
+    days."""
     flags = f"--gpus 16384 --mfu {400 / 989} --batch_tokens {16 * 2048 * 8192} --tokens 15.6e12 --shard 128"
     seen = figures(plan_of(call, capsys, "--preset", "llama3-405b", *flags.split()))
     assert seen["compute"][1] == pytest.approx(16 * 6.7, rel=0.03)
-    assert seen["time"][3] == pytest.approx(30.84e6, rel=0.05)
+    assert 0.9 * 30.84e6 < seen["time"][3] < 30.84e6
     assert seen["failures"][0] == pytest.approx(419 / 54, rel=0.01)
     seen = figures(plan_of(call, capsys, "--preset", "llama3-405b", *flags.replace("128", "1").split()))
     assert seen["save"][1] == pytest.approx(seen["save"][0], rel=0.01)  # no more often than it can be written

@@ -107,11 +107,13 @@ def test_a_run_that_moves_between_one_process_ddp_and_fsdp_continues_as_if_it_ha
     assert_close(tmp_path / "stayed", tmp_path / "moved", 8, 1e-5)
 
 
-def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path):
-    """HSDP: two copies of the model, each sharded over two processes. These also recompute activations."""
+@pytest.mark.parametrize("shard, n_inner", [(2, 33), (4, 5)])
+def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path, shard, n_inner):
+    """HSDP: two copies of the model, each sharded over two processes, which hold unequal parts; or one copy, of which
+    the last process holds no row of some matrices. They also recompute activations."""
     flags = [*SMALL, "--data", data, *split("--steps 3 --lr 1e-3 --batch_tokens 256 --n_layer 1 --dropout 0")]
-    flags += split("--n_expert 3 --n_inner 32 --balance_loss 0")
-    ranks = Ranks(tmp_path, *flags, "--out", "four", "--shard", 2, "--recompute", n=4)
+    flags += split(f"--n_expert 3 --n_inner {n_inner} --balance_loss 0")
+    ranks = Ranks(tmp_path, *flags, "--out", "four", "--shard", shard, "--recompute", n=4)
     call(train, *flags, "--out", "one", "--micro_batch", 16)
     ranks.finish()
     assert_close(tmp_path / "one", tmp_path / "four", 3, 1e-5)
