@@ -80,7 +80,7 @@ class Skipped(Counter):
         super().__init__()
         self.examples: dict[tuple, str] = {}
         self.unused = Counter()  # key -> of how many records it was not used
-        self.spelled = Counter()  # control token -> how many documents spell it
+        self.spelled = Counter()  # control token -> how often the text spells it
 
     def record(self, path: Path, reason: str, record: object = None) -> None:
         """Count a record. The message will name the keys of the first one."""
@@ -102,8 +102,8 @@ class Skipped(Counter):
         if self.unused:
             say(f"not used: {', '.join(f'key {key} in {n:,} records' for key, n in sorted(self.unused.items()))}")
         if self.spelled:
-            spelled = ", ".join(f"{token} in {n:,} documents" for token, n in sorted(self.spelled.items()))
-            say(f"read as ordinary characters: {spelled} (for conversations there is python chat.py --prepare)")
+            spelled = ", ".join(f"{token} ({n:,})" for token, n in sorted(self.spelled.items()))
+            say(f"read as ordinary characters: {spelled}; for conversations there is {command('chat.py', '--prepare')}")
 
 
 def prepare(
@@ -117,16 +117,16 @@ def prepare(
 ) -> None:
     """Make the data set `out` from files, folders and URLs, or from the default corpus if `inputs` is empty.
 
-    The val split gets about `val_fraction` of the documents, or with `val_tail` that fraction of each document. `field`
-    is the field of .jsonl, .json and .parquet records that holds their text. With `wait`, another process may be making
-    the same data set: then this one waits for it.
+    The val split gets about `val_fraction` of the documents; with `val_tail`, or if these would be fewer than two, that
+    fraction of each document, its end. `field` is the field of .jsonl, .json and .parquet records that holds their
+    text. With `wait`, another process may be making the same data set: then this one waits for it.
     """
     with exit_on(ValueError, OSError):
         new = NewDataset(inputs, out, tokenizer, val_fraction, wait=wait)
     if tables := [path for path in new.files if path.suffix.lower() in (".csv", ".tsv")]:
         say(f"read as plain text, not as tables: {tables[0]}" + (f" and {len(tables) - 1} more" if tables[1:] else ""))
-    if len(new.files) == 1 and not is_container(new.files[0]) and not val_tail:
-        say(f"{new.files[0]} is a single document: its last {new.val_fraction:.0%} is held out, as with --val_tail")
+    if not val_tail and are_few(new.files, field, new.val_fraction):
+        say(f"too few documents to hold out some of them: the last {new.val_fraction:.0%} of each is held out")
         val_tail = True
     new.write(lambda skipped: split_pieces(new.files, field, new.val_fraction, val_tail, skipped))
 
@@ -184,18 +184,15 @@ class NewDataset:
         watched = watched_for_control_tokens(pieces(self.skipped), self.tokenizer, self.skipped.spelled)
         items = with_progress(encoded(self.tokenizer, watched), "encoding", self.total_bytes)
         splits = write_shards(self.partial, self.tokenizer.n_vocab, items, masked=self.chat)
-        self.skipped.say()
         n_documents = sum(sizes["documents"] for sizes in splits.values())
         if not n_documents:
             fail(f"found nothing to read: {'; '.join(self.skipped.messages()[:3])}")
-        kind, alike = ("conversation", "equal first questions") if self.chat else ("document", "copies")
-        advice = "" if self.chat else ", or give --val_tail to hold out the end of each document"
-        if n_documents == 1:
-            fail(f"a single {kind} cannot be trained on and held out, with any --val_fraction: add others{advice}")
+        self.skipped.say()
+        kind, alike = ("conversation", " (equal first questions share a split)") if self.chat else ("document", "")
         for split, change in (("train", "lower"), ("val", "raise")):
             if not splits[split]["tokens"]:
-                reason = f"none of the {n_documents:,} {kind}s fell into the {split} split ({alike} share a split)"
-                fail(f"{reason}: {change} --val_fraction{advice}")
+                reason = f"no {kind} fell into the {split} split, of {n_documents:,} in all{alike}"
+                fail(f"{reason}: add others, or {change} --val_fraction")
         meta = {"tokenizer": self.tokenizer.to_dict(self.chat), "vocab_size": self.tokenizer.n_vocab, **splits}
         write_json(self.partial / "meta.json", meta | {"sources": self.sources})
         return splits
@@ -230,11 +227,12 @@ def tokenizer_for(pieces: Iterable[Piece], vocab_size: int, total_bytes: int) ->
 def find_files(inputs: list[str], downloads: Path, skipped: Skipped) -> list[Path]:
     """Return the usable files among the inputs, each once, without hidden ones, folders in sorted order. Download URLs
     and copy pipes. End the program if there is none."""
-    paths = [] if inputs else default_corpus()
+    paths, pipes = [] if inputs else default_corpus(), {}
     for name in inputs:
         path = download(name, downloads) if name.startswith(("http://", "https://")) else Path(name)
         if name == "-" or path.is_fifo():
             paths.append(copy_of_pipe(sys.stdin.buffer if name == "-" else open(path, "rb")))
+            pipes[paths[-1]] = "stdin" if name == "-" else path
         elif path.is_dir():
             paths += sorted(files_below(path, skipped))
         elif path.exists():
@@ -245,7 +243,7 @@ def find_files(inputs: list[str], downloads: Path, skipped: Skipped) -> list[Pat
     for path in paths:
         reason = "given twice" if (real := os.path.realpath(path)) in usable else why_unusable(path)
         if reason:
-            skipped[path, reason] += 1
+            skipped[pipes.get(path, path), reason] += 1
         else:
             usable[real] = path
     if not usable:
@@ -399,15 +397,30 @@ def split_pieces(
                 cut += len(after) - len(after.lstrip(bytes(range(0x80, 0xC0))))  # past UTF-8's continuation bytes
                 shares = [("train", cut), ("val", size - cut)]
             else:
-                # Decide by a hash of the text: the order of documents doesn't matter, and copies share a split.
-                beginning = stream.read(PIECE_BYTES).decode(errors="ignore").encode()  # ends with a whole character
-                shares = [(split_of(beginning, val_fraction), size)]
+                shares = [(split_of_document(stream, val_fraction), size)]
             stream.seek(0)
             for split, share in shares:
                 for text in read_pieces(stream, share):
                     yield split, [Part(text)]
                 if share:
                     yield split, None
+
+
+def are_few(files: list[Path], field: str, val_fraction: float) -> bool:
+    """Whether a split would have fewer than two whole documents. Reads on until that is known."""
+    counts = Counter()
+    for path in files:
+        for stream, _ in documents(path, field, Skipped()):
+            counts[split_of_document(stream, val_fraction)] += 1
+            if all(counts[split] >= 2 for split in SPLITS):
+                return False
+    return True
+
+
+def split_of_document(stream: BinaryIO, val_fraction: float) -> str:
+    """By a hash of its text: the order of documents doesn't matter, and copies share a split."""
+    beginning = stream.read(PIECE_BYTES).decode(errors="ignore").encode()  # ends with a whole character
+    return split_of(beginning, val_fraction)
 
 
 def split_of(key: bytes, val_fraction: float) -> str:
@@ -435,16 +448,12 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
 
 
 def watched_for_control_tokens(pieces: Iterable[Piece], tokenizer: Tokenizer, counts: Counter) -> Iterator[Piece]:
-    """Yield the pieces, and count for each control token the documents that spell it in their text."""
-    spelled = set()
+    """Yield the pieces, and count how often their text spells each control token."""
     for split, parts in pieces:
         yield split, parts
-        if parts is None:
-            counts.update(spelled)
-            spelled.clear()
         for part in parts or ():
             if not part.control:
-                spelled.update(tokenizer.control_tokens.findall(part.text))
+                counts.update(tokenizer.control_tokens.findall(part.text))
 
 
 class Encoded(NamedTuple):
@@ -492,6 +501,14 @@ def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[Encoded]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards: written and read only here, so that the format is defined in one place
+
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+MADE_BY = {  # the data sets that presets and the README use
+    "shakespeare": f"prepare.py {SHAKESPEARE} --tokenizer byte --val_tail --val_fraction 0.1",
+    "gpt2": "prepare.py --tokenizer gpt2",
+    "chat": "chat.py --prepare --tokenizer runs/toy-1",
+}
 
 
 class ShardWriter:
@@ -578,8 +595,14 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
             for arrays in (shards[split], masks or shards[split]):
                 if meta[split]["tokens"] != sum(map(len, arrays)) or meta[split]["bytes"] < 1:
                     raise ValueError(f"the sizes of the {split} split in meta.json are wrong")
-    except FileNotFoundError as error:
-        fail(f"there is no {error.filename}: make the data set with python prepare.py FILES --out {folder}")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if (folder / "meta.json").exists():
+            fail(f"the data set {folder} has lost {error.filename}: remove it and prepare it again")
+        if folder.exists():
+            offer = command("prepare.py", folder, "--out", default_out([str(folder)], ""))
+            fail(f"{folder} is no data set, but perhaps text to make one of: {offer}")
+        offer = command(*MADE_BY.get(folder.name, "prepare.py").split(), "--out", folder)
+        fail(f"there is no data set {folder}: make it with {offer} (your own files, if any, go before --out)")
     except OSError as error:
         fail(f"cannot read {error.filename or folder}: {error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - damaged files can make NumPy and tiktoken fail in any way
@@ -642,11 +665,16 @@ def exit_on(*kinds: type[Exception]) -> Iterator[None]:
         fail(f"cannot use {error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error))
 
 
-def moved(flag: str, command: str) -> None:
+def moved(flag: str, new: str) -> None:
     """End the program if its command line has a flag for what is a command of its own now, with that command."""
     if flag in sys.argv[1:]:
         rest = (argument for argument in sys.argv[1:] if argument != flag)
-        fail(f"this is another command now: python {shlex.join([*command.split(), *rest])}")
+        fail(f"this is another command now: {command(*new.split(), *rest)}")
+
+
+def command(script: str, *arguments: object) -> str:
+    """What to type to run a script of the folder that holds the running one."""
+    return shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), script), *map(str, arguments)])
 
 
 def tolerate_streams() -> None:
