@@ -44,7 +44,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn, TextIO
+from typing import BinaryIO, NoReturn, TextIO
 
 import numpy as np
 import regex  # see tokenizer.py
@@ -70,6 +70,8 @@ OUR_FILES = r"(train|val)(-mask)?-\d{5}\.npy|meta\.json(\.partial)?"  # in a dat
 CHAT_KEYS = {"messages", "conversations", "completion", "answer", "output"}  # of the records that chat.py reads
 
 Piece = tuple[str, list[Part] | None]  # a split and what to add to it; None marks the end of a document
+# The same encoded: the split, bytes of text, tokens, which of these are targets, and whether a document ends here
+Encoded = tuple[str, int, np.ndarray, np.ndarray, bool]
 
 
 class Skipped(Counter):
@@ -164,13 +166,10 @@ class NewDataset:
         """Write all that pieces(skipped) yields, and report on it."""
         try:
             with unfinished(self.partial, f"preparing {self.out}", self.wait):
-                if not self.out.exists():
-                    splits = self.encode(pieces)
-                    self.partial.rename(self.out)
-                elif self.wait:
+                if self.wait and self.out.exists():
                     return
-                else:
-                    fail(f"another process has just made {self.out}: choose another --out, or remove it first")
+                splits = self.encode(pieces)
+                self.partial.rename(self.out)
         except OSError as error:
             fail(f"cannot make the data set {self.out}: {error}")
         except KeyboardInterrupt:
@@ -188,11 +187,11 @@ class NewDataset:
         if not n_documents:
             fail(f"found nothing to read: {'; '.join(self.skipped.messages()[:3])}")
         self.skipped.say()
-        kind, alike = ("conversation", " (equal first questions share a split)") if self.chat else ("document", "")
         for split, change in (("train", "lower"), ("val", "raise")):
             if not splits[split]["tokens"]:
-                reason = f"no {kind} fell into the {split} split, of {n_documents:,} in all{alike}"
-                fail(f"{reason}: add others, or {change} --val_fraction")
+                kind = "conversation" if self.chat else "document"
+                reason = f"no {kind} of {n_documents:,} fell into the {split} split"
+                fail(f"{reason}: add some that begin otherwise, or {change} --val_fraction")
         meta = {"tokenizer": self.tokenizer.to_dict(self.chat), "vocab_size": self.tokenizer.n_vocab, **splits}
         write_json(self.partial / "meta.json", meta | {"sources": self.sources})
         return splits
@@ -253,18 +252,15 @@ def find_files(inputs: list[str], downloads: Path, skipped: Skipped) -> list[Pat
 
 def files_below(folder: Path, skipped: Skipped) -> Iterator[Path]:
     """Yield the files in a folder and in its subfolders. Follows links, but enters no folder twice."""
-    entered = set()
-
-    def unreadable(error: OSError) -> None:
-        skipped[error.filename, error.strerror] += 1
-
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+    entered, unreadable = set(), []
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=unreadable.append):
         if (real := os.path.realpath(here)) in entered:
             folders.clear()
             continue
         entered.add(real)
         folders[:] = (name for name in folders if not name.startswith("."))
         yield from (Path(here, name) for name in names if not name.startswith("."))
+    skipped.update((error.filename, error.strerror) for error in unreadable)
 
 
 def copy_of_pipe(pipe: BinaryIO) -> Path:
@@ -414,7 +410,7 @@ def are_few(files: list[Path], field: str, val_fraction: float) -> bool:
             counts[split_of_document(stream, val_fraction)] += 1
             if all(counts[split] >= 2 for split in SPLITS):
                 return False
-    return True
+    return bool(counts)
 
 
 def split_of_document(stream: BinaryIO, val_fraction: float) -> str:
@@ -456,14 +452,6 @@ def watched_for_control_tokens(pieces: Iterable[Piece], tokenizer: Tokenizer, co
                 counts.update(tokenizer.control_tokens.findall(part.text))
 
 
-class Encoded(NamedTuple):
-    split: str
-    n_bytes: int  # of its text in UTF-8
-    tokens: np.ndarray
-    mask: np.ndarray  # which of the tokens are targets
-    ends: bool  # a document ends here
-
-
 def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[Encoded]:
     """Encode each piece, in order. The end of a document becomes <|endoftext|>.
 
@@ -475,8 +463,8 @@ def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[Encoded]:
     def encode(piece: Piece) -> Encoded:
         split, parts = piece
         if parts is None:
-            return Encoded(split, 0, *end_of_document, True)
-        return Encoded(split, sum(len(part.text.encode()) for part in parts), *tokenizer.encode_parts(parts), False)
+            return split, 0, *end_of_document, True
+        return split, sum(len(part.text.encode()) for part in parts), *tokenizer.encode_parts(parts), False
 
     def batches() -> Iterator[list[Piece]]:
         batch, n_chars = [], 0
@@ -583,6 +571,12 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
             raise ValueError(f"token {numbers.argmax()} of {path.name} is {numbers.max()}, beyond the vocabulary")
         return numbers
 
+    if not os.path.exists(folder / "meta.json"):
+        made_by, out = MADE_BY.get(folder.name, "prepare.py").split(), folder
+        if os.path.exists(folder):  # a text, perhaps
+            made_by, out = ["prepare.py", folder], default_out([str(folder)], "")
+        offer = command(*made_by, "--out", out)
+        fail(f"{folder} is no data set: make one with {offer} (and your own files, if any, before --out)")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if Tokenizer.from_dict(meta["tokenizer"]).n_vocab != meta["vocab_size"]:
@@ -595,14 +589,6 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
             for arrays in (shards[split], masks or shards[split]):
                 if meta[split]["tokens"] != sum(map(len, arrays)) or meta[split]["bytes"] < 1:
                     raise ValueError(f"the sizes of the {split} split in meta.json are wrong")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if (folder / "meta.json").exists():
-            fail(f"the data set {folder} has lost {error.filename}: remove it and prepare it again")
-        if folder.exists():
-            offer = command("prepare.py", folder, "--out", default_out([str(folder)], ""))
-            fail(f"{folder} is no data set, but perhaps text to make one of: {offer}")
-        offer = command(*MADE_BY.get(folder.name, "prepare.py").split(), "--out", folder)
-        fail(f"there is no data set {folder}: make it with {offer} (your own files, if any, go before --out)")
     except OSError as error:
         fail(f"cannot read {error.filename or folder}: {error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - damaged files can make NumPy and tiktoken fail in any way
@@ -817,7 +803,7 @@ def main() -> None:
 def default_out(inputs: list[str], name: str) -> Path:
     """data/NAME, after the first of the inputs if there is one."""
     if inputs:
-        name = "pipe" if inputs[0] == "-" else Path(inputs[0]).resolve().name.partition(".")[0] or "text"
+        name = "pipe" if inputs[0] == "-" else regex.match("[^.:]*", Path(inputs[0]).resolve().name)[0] or "text"
     return Path("data", name)
 
 

@@ -138,7 +138,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys):
     *((["a.txt", "--val_fraction", n], b"text", f"{n} is not between 0 and 1") for n in ("0.0", "1.0")),
     (["a.txt", "--out", "."], b"text", "--out ."),
     (["a.txt", "--out", "a.txt/x"], b"text", "cannot make the data set a.txt/x: [Errno 17]"),
-    (["a.txt", "b.txt"], b"t", "no document fell into the train split, of 2 in all: add others, or lower --val"),
+    (["a.txt", "b.txt"], b"t", "no document of 2 fell into the train split: add some that begin otherwise, or lower"),
     (["http://127.0.0.1:9/x.txt"], b"", "could not fetch"),
 ])
 def test_input_that_gives_no_data_set_is_refused(refused, tmp_path, inputs, content, told):
@@ -247,7 +247,7 @@ def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(call, capsy
     os.kill(process.pid(0), signal.SIGKILL)
     process.finish(-signal.SIGKILL)
     pytest.raises(SystemExit, prepare.load_dataset, "data/big")
-    assert "there is no data set data/big" in capsys.readouterr().err and not Path("data/big").exists()
+    assert "data/big is no data set" in capsys.readouterr().err and not Path("data/big").exists()
     call(prepare, *flags)
     assert "".join(decoded("data/big")) == text
 
