@@ -12,12 +12,14 @@ own, its template. The loss counts what the assistant says, with the token that 
 
     <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\n{I am a small language model.<|im_end|>}\\n
 
-In the terminal, Ctrl-C ends an answer, Ctrl-D the program. When the conversation outgrows the model's context, its
-oldest questions and answers are dropped. A line that begins with a slash is a command:
+When the conversation outgrows the model's context, its oldest questions and answers are dropped.
+
+In the terminal, Ctrl-C stops an answer, and Ctrl-D, exit or quit ends the chat. Ask a question, or give a command:
 
     /post TEXT      put a text, or the text of a file of this name, before the next question
     /system TEXT    begin a new conversation, and tell the model how to behave in it
     /clear          begin a new conversation
+    /help           show these lines again
 """
 
 import argparse
@@ -40,7 +42,7 @@ import regex  # see tokenizer.py
 from model import GPT, KVCache
 from prepare import DEFAULT_TOKENIZER, SPLITS, NewDataset, Piece, Skipped, Windows, default_out
 from prepare import exit_on, fail, is_container, records, split_of, tolerate_streams
-from sample import add_flags, continuations, open_model, run
+from sample import add_flags, continuations, open_model, run, typed
 from tokenizer import CHATML, Part, Template, Tokenizer
 
 IGNORED = -100  # torch's number for a target that the loss does not count
@@ -395,6 +397,8 @@ def pack(lengths: np.ndarray, size: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # The terminal
 
+HELP = __doc__[__doc__.index("In the terminal") :].rstrip()
+
 
 def talk(model: GPT, tokenizer: Tokenizer, args: argparse.Namespace, **options) -> None:
     """Read questions and commands from stdin until it ends, and print each answer as it is generated. The cache keeps
@@ -403,20 +407,15 @@ def talk(model: GPT, tokenizer: Tokenizer, args: argparse.Namespace, **options) 
     cache = KVCache(model.config, 1, weight.device, weight.dtype)
     messages, post = [], ""
     if sys.stdin.isatty():
-        print("Ask a question, or type /post TEXT, /system TEXT or /clear. Ctrl-D ends the chat.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D ends the chat)", file=sys.stderr)
-            continue
-        command, _, rest = line.partition(" ")
-        if command == "/clear":
+        print(HELP, file=sys.stderr)
+    for line in map(str.strip, typed()):
+        command, rest = regex.fullmatch(r"(?s)(\S+)\s*(.*)", line).groups()
+        if command == "/clear" and not rest:
             messages, post = [], ""
-        elif command == "/system":
+            print("(a new conversation)", file=sys.stderr)
+        elif command == "/system" and rest:
             messages, post = [{"role": "system", "content": rest}], ""
+            print(f"(a new conversation, in which the model is told: {rest})", file=sys.stderr)
         elif command == "/post" and rest:
             try:
                 text = Path(rest).read_text(encoding="utf-8-sig").strip() if os.path.isfile(rest) else rest
@@ -425,8 +424,8 @@ def talk(model: GPT, tokenizer: Tokenizer, args: argparse.Namespace, **options) 
             except (OSError, ValueError) as error:
                 print(f"cannot read {rest}: {error}", file=sys.stderr)
         elif command.startswith("/"):
-            print("the commands are /post TEXT, /system TEXT and /clear", file=sys.stderr)
-        elif line:
+            print(HELP, file=sys.stderr)
+        else:
             messages.append({"role": "user", "content": post + line})
             post = ""
             if not (ids := fitting_prompt(tokenizer, messages, model.config.seq_len, args.tokens)):

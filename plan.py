@@ -250,7 +250,7 @@ def local_plan(given: dict) -> None:
         parts["checkpoint"] = checkpoint_bytes(model, config)  # a copy, for the thread that writes it
     memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
     tokens, total = config.steps * config.batch_tokens, config.steps * seconds + evaluation
-    print(f"plan for {config.preset} on this machine: {dist.get_world_size()} processes, {config.dtype}")
+    print(f"plan for {config.preset} on this machine, processes: {dist.get_world_size()}, dtype: {config.dtype}")
     print(f"tokens   {tokens:.3g}; compute-optimal are {optimal_tokens(model.n_active_params()):.3g}, on web text")
     print(f"time     {clock(total)}: {config.steps:,} steps of {seconds:.3g} s, {clock(evaluation)} of evaluation")
     print(f"memory   {sum(parts.values()) / 1e9:,.2f} GB: {memory}")

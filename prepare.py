@@ -44,7 +44,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn, TextIO
+from typing import BinaryIO, NoReturn, TextIO
 
 import numpy as np
 import regex  # see tokenizer.py
@@ -70,6 +70,8 @@ OUR_FILES = r"(train|val)(-mask)?-\d{5}\.npy|meta\.json(\.partial)?"  # in a dat
 CHAT_KEYS = {"messages", "conversations", "completion", "answer", "output"}  # of the records that chat.py reads
 
 Piece = tuple[str, list[Part] | None]  # a split and what to add to it; None marks the end of a document
+# The same encoded: the split, bytes of text, tokens, which of these are targets, and whether a document ends here
+Encoded = tuple[str, int, np.ndarray, np.ndarray, bool]
 
 
 class Skipped(Counter):
@@ -80,7 +82,7 @@ class Skipped(Counter):
         super().__init__()
         self.examples: dict[tuple, str] = {}
         self.unused = Counter()  # key -> of how many records it was not used
-        self.spelled = Counter()  # control token -> how many documents spell it
+        self.spelled = Counter()  # control token -> how often the text spells it
 
     def record(self, path: Path, reason: str, record: object = None) -> None:
         """Count a record. The message will name the keys of the first one."""
@@ -102,8 +104,8 @@ class Skipped(Counter):
         if self.unused:
             say(f"not used: {', '.join(f'key {key} in {n:,} records' for key, n in sorted(self.unused.items()))}")
         if self.spelled:
-            spelled = ", ".join(f"{token} in {n:,} documents" for token, n in sorted(self.spelled.items()))
-            say(f"read as ordinary characters: {spelled} (for conversations there is python chat.py --prepare)")
+            spelled = ", ".join(f"{token} ({n:,})" for token, n in sorted(self.spelled.items()))
+            say(f"read as ordinary characters: {spelled}; for conversations there is {command('chat.py', '--prepare')}")
 
 
 def prepare(
@@ -117,16 +119,16 @@ def prepare(
 ) -> None:
     """Make the data set `out` from files, folders and URLs, or from the default corpus if `inputs` is empty.
 
-    The val split gets about `val_fraction` of the documents, or with `val_tail` that fraction of each document. `field`
-    is the field of .jsonl, .json and .parquet records that holds their text. With `wait`, another process may be making
-    the same data set: then this one waits for it.
+    The val split gets about `val_fraction` of the documents; with `val_tail`, or if these would be fewer than two, that
+    fraction of each document, its end. `field` is the field of .jsonl, .json and .parquet records that holds their
+    text. With `wait`, another process may be making the same data set: then this one waits for it.
     """
     with exit_on(ValueError, OSError):
         new = NewDataset(inputs, out, tokenizer, val_fraction, wait=wait)
     if tables := [path for path in new.files if path.suffix.lower() in (".csv", ".tsv")]:
         say(f"read as plain text, not as tables: {tables[0]}" + (f" and {len(tables) - 1} more" if tables[1:] else ""))
-    if len(new.files) == 1 and not is_container(new.files[0]) and not val_tail:
-        say(f"{new.files[0]} is a single document: its last {new.val_fraction:.0%} is held out, as with --val_tail")
+    if not val_tail and are_few(new.files, field, new.val_fraction):
+        say(f"too few documents to hold out some of them: the last {new.val_fraction:.0%} of each is held out")
         val_tail = True
     new.write(lambda skipped: split_pieces(new.files, field, new.val_fraction, val_tail, skipped))
 
@@ -164,13 +166,10 @@ class NewDataset:
         """Write all that pieces(skipped) yields, and report on it."""
         try:
             with unfinished(self.partial, f"preparing {self.out}", self.wait):
-                if not self.out.exists():
-                    splits = self.encode(pieces)
-                    self.partial.rename(self.out)
-                elif self.wait:
+                if self.wait and self.out.exists():
                     return
-                else:
-                    fail(f"another process has just made {self.out}: choose another --out, or remove it first")
+                splits = self.encode(pieces)
+                self.partial.rename(self.out)
         except OSError as error:
             fail(f"cannot make the data set {self.out}: {error}")
         except KeyboardInterrupt:
@@ -184,18 +183,15 @@ class NewDataset:
         watched = watched_for_control_tokens(pieces(self.skipped), self.tokenizer, self.skipped.spelled)
         items = with_progress(encoded(self.tokenizer, watched), "encoding", self.total_bytes)
         splits = write_shards(self.partial, self.tokenizer.n_vocab, items, masked=self.chat)
-        self.skipped.say()
         n_documents = sum(sizes["documents"] for sizes in splits.values())
         if not n_documents:
             fail(f"found nothing to read: {'; '.join(self.skipped.messages()[:3])}")
-        kind, alike = ("conversation", "equal first questions") if self.chat else ("document", "copies")
-        advice = "" if self.chat else ", or give --val_tail to hold out the end of each document"
-        if n_documents == 1:
-            fail(f"a single {kind} cannot be trained on and held out, with any --val_fraction: add others{advice}")
+        self.skipped.say()
         for split, change in (("train", "lower"), ("val", "raise")):
             if not splits[split]["tokens"]:
-                reason = f"none of the {n_documents:,} {kind}s fell into the {split} split ({alike} share a split)"
-                fail(f"{reason}: {change} --val_fraction{advice}")
+                kind = "conversation" if self.chat else "document"
+                reason = f"no {kind} of {n_documents:,} fell into the {split} split"
+                fail(f"{reason}: add some that begin otherwise, or {change} --val_fraction")
         meta = {"tokenizer": self.tokenizer.to_dict(self.chat), "vocab_size": self.tokenizer.n_vocab, **splits}
         write_json(self.partial / "meta.json", meta | {"sources": self.sources})
         return splits
@@ -230,11 +226,12 @@ def tokenizer_for(pieces: Iterable[Piece], vocab_size: int, total_bytes: int) ->
 def find_files(inputs: list[str], downloads: Path, skipped: Skipped) -> list[Path]:
     """Return the usable files among the inputs, each once, without hidden ones, folders in sorted order. Download URLs
     and copy pipes. End the program if there is none."""
-    paths = [] if inputs else default_corpus()
+    paths, pipes = [] if inputs else default_corpus(), {}
     for name in inputs:
         path = download(name, downloads) if name.startswith(("http://", "https://")) else Path(name)
         if name == "-" or path.is_fifo():
             paths.append(copy_of_pipe(sys.stdin.buffer if name == "-" else open(path, "rb")))
+            pipes[paths[-1]] = "stdin" if name == "-" else path
         elif path.is_dir():
             paths += sorted(files_below(path, skipped))
         elif path.exists():
@@ -245,7 +242,7 @@ def find_files(inputs: list[str], downloads: Path, skipped: Skipped) -> list[Pat
     for path in paths:
         reason = "given twice" if (real := os.path.realpath(path)) in usable else why_unusable(path)
         if reason:
-            skipped[path, reason] += 1
+            skipped[pipes.get(path, path), reason] += 1
         else:
             usable[real] = path
     if not usable:
@@ -255,18 +252,15 @@ def find_files(inputs: list[str], downloads: Path, skipped: Skipped) -> list[Pat
 
 def files_below(folder: Path, skipped: Skipped) -> Iterator[Path]:
     """Yield the files in a folder and in its subfolders. Follows links, but enters no folder twice."""
-    entered = set()
-
-    def unreadable(error: OSError) -> None:
-        skipped[error.filename, error.strerror] += 1
-
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+    entered, unreadable = set(), []
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=unreadable.append):
         if (real := os.path.realpath(here)) in entered:
             folders.clear()
             continue
         entered.add(real)
         folders[:] = (name for name in folders if not name.startswith("."))
         yield from (Path(here, name) for name in names if not name.startswith("."))
+    skipped.update((error.filename, error.strerror) for error in unreadable)
 
 
 def copy_of_pipe(pipe: BinaryIO) -> Path:
@@ -399,15 +393,30 @@ def split_pieces(
                 cut += len(after) - len(after.lstrip(bytes(range(0x80, 0xC0))))  # past UTF-8's continuation bytes
                 shares = [("train", cut), ("val", size - cut)]
             else:
-                # Decide by a hash of the text: the order of documents doesn't matter, and copies share a split.
-                beginning = stream.read(PIECE_BYTES).decode(errors="ignore").encode()  # ends with a whole character
-                shares = [(split_of(beginning, val_fraction), size)]
+                shares = [(split_of_document(stream, val_fraction), size)]
             stream.seek(0)
             for split, share in shares:
                 for text in read_pieces(stream, share):
                     yield split, [Part(text)]
                 if share:
                     yield split, None
+
+
+def are_few(files: list[Path], field: str, val_fraction: float) -> bool:
+    """Whether a split would have fewer than two whole documents. Reads on until that is known."""
+    counts = Counter()
+    for path in files:
+        for stream, _ in documents(path, field, Skipped()):
+            counts[split_of_document(stream, val_fraction)] += 1
+            if all(counts[split] >= 2 for split in SPLITS):
+                return False
+    return bool(counts)
+
+
+def split_of_document(stream: BinaryIO, val_fraction: float) -> str:
+    """By a hash of its text: the order of documents doesn't matter, and copies share a split."""
+    beginning = stream.read(PIECE_BYTES).decode(errors="ignore").encode()  # ends with a whole character
+    return split_of(beginning, val_fraction)
 
 
 def split_of(key: bytes, val_fraction: float) -> str:
@@ -435,24 +444,12 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
 
 
 def watched_for_control_tokens(pieces: Iterable[Piece], tokenizer: Tokenizer, counts: Counter) -> Iterator[Piece]:
-    """Yield the pieces, and count for each control token the documents that spell it in their text."""
-    spelled = set()
+    """Yield the pieces, and count how often their text spells each control token."""
     for split, parts in pieces:
         yield split, parts
-        if parts is None:
-            counts.update(spelled)
-            spelled.clear()
         for part in parts or ():
             if not part.control:
-                spelled.update(tokenizer.control_tokens.findall(part.text))
-
-
-class Encoded(NamedTuple):
-    split: str
-    n_bytes: int  # of its text in UTF-8
-    tokens: np.ndarray
-    mask: np.ndarray  # which of the tokens are targets
-    ends: bool  # a document ends here
+                counts.update(tokenizer.control_tokens.findall(part.text))
 
 
 def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[Encoded]:
@@ -466,8 +463,8 @@ def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[Encoded]:
     def encode(piece: Piece) -> Encoded:
         split, parts = piece
         if parts is None:
-            return Encoded(split, 0, *end_of_document, True)
-        return Encoded(split, sum(len(part.text.encode()) for part in parts), *tokenizer.encode_parts(parts), False)
+            return split, 0, *end_of_document, True
+        return split, sum(len(part.text.encode()) for part in parts), *tokenizer.encode_parts(parts), False
 
     def batches() -> Iterator[list[Piece]]:
         batch, n_chars = [], 0
@@ -492,6 +489,14 @@ def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[Encoded]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards: written and read only here, so that the format is defined in one place
+
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+MADE_BY = {  # the data sets that presets and the README use
+    "shakespeare": f"prepare.py {SHAKESPEARE} --tokenizer byte --val_tail --val_fraction 0.1",
+    "gpt2": "prepare.py --tokenizer gpt2",
+    "chat": "chat.py --prepare --tokenizer runs/toy-1",
+}
 
 
 class ShardWriter:
@@ -565,6 +570,12 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
             raise ValueError(f"{path.name} has dtype {numbers.dtype} and shape {numbers.shape}")
         return numbers
 
+    if not os.path.exists(folder / "meta.json"):
+        made_by, out = MADE_BY.get(folder.name, "prepare.py").split(), folder
+        if os.path.exists(folder):  # a text, perhaps
+            made_by, out = ["prepare.py", folder], default_out([str(folder)], "")
+        offer = command(*made_by, "--out", out)
+        fail(f"{folder} is no data set: make one with {offer} (and your own files, if any, before --out)")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if Tokenizer.from_dict(meta["tokenizer"]).n_vocab != meta["vocab_size"]:
@@ -577,8 +588,6 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
             for arrays in (shards[split], masks or shards[split]):
                 if meta[split]["tokens"] != sum(map(len, arrays)) or meta[split]["bytes"] < 1:
                     raise ValueError(f"the sizes of the {split} split in meta.json are wrong")
-    except FileNotFoundError as error:
-        fail(f"there is no {error.filename}: make the data set with python prepare.py FILES --out {folder}")
     except OSError as error:
         fail(f"cannot read {error.filename or folder}: {error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - damaged files can make NumPy and tiktoken fail in any way
@@ -659,11 +668,16 @@ def exit_on(*kinds: type[Exception]) -> Iterator[None]:
         fail(f"cannot use {error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error))
 
 
-def moved(flag: str, command: str) -> None:
+def moved(flag: str, new: str) -> None:
     """End the program if its command line has a flag for what is a command of its own now, with that command."""
     if flag in sys.argv[1:]:
         rest = (argument for argument in sys.argv[1:] if argument != flag)
-        fail(f"this is another command now: python {shlex.join([*command.split(), *rest])}")
+        fail(f"this is another command now: {command(*new.split(), *rest)}")
+
+
+def command(script: str, *arguments: object) -> str:
+    """What to type to run a script of the folder that holds the running one."""
+    return shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), script), *map(str, arguments)])
 
 
 def tolerate_streams() -> None:
@@ -806,7 +820,7 @@ def main() -> None:
 def default_out(inputs: list[str], name: str) -> Path:
     """data/NAME, after the first of the inputs if there is one."""
     if inputs:
-        name = "pipe" if inputs[0] == "-" else Path(inputs[0]).resolve().name.partition(".")[0] or "text"
+        name = "pipe" if inputs[0] == "-" else regex.match("[^.:]*", Path(inputs[0]).resolve().name)[0] or "text"
     return Path("data", name)
 
 

@@ -4,7 +4,7 @@
     python sample.py runs/toy-1 --prompt 'def' --n 3         three continuations of a prompt, by a run
     python sample.py runs/toy-1/best.json --temperature 0    the most likely text of a checkpoint, always the same
     python sample.py downloads/Qwen3-0.6B --prompt 'Once '   a published model, in Hugging Face's layout
-    python sample.py --interactive                           ask for one prompt after another, until an empty line
+    python sample.py --interactive                           ask for one prompt after another, until Ctrl-D
     python chat.py                                           talk to a model that was trained on conversations
 
 Generation stops after --tokens tokens, before the --stop text, or when the model ends the document. When the text
@@ -14,8 +14,10 @@ outgrows the model's context, the model goes on from the newest half of it.
 import argparse
 import codecs
 import gc
+import select
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -99,7 +101,43 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: argparse.Namespac
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line, shared with chat.py
+# Terminal and command line, shared with chat.py
+
+
+def typed() -> Iterator[str]:
+    """Yield the texts that a user types, or the lines of a pipe, without blank ones. On a terminal, lines that arrive
+    together are one text, Ctrl-C gives up a text, and Ctrl-D, exit or quit ends them."""
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        with suppress(ImportError):  # Windows
+            import readline  # lets input() edit a line, and find earlier ones
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
+    while True:
+        try:
+            text = input("> " if on_terminal else "")
+            with suppress(EOFError):
+                while on_terminal and more_is_waiting():
+                    text += f"\n{input()}"
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends the program)", file=sys.stderr)
+            continue
+        if on_terminal and text.strip() in ("exit", "quit"):
+            return
+        if text.strip():
+            yield text
+    if on_terminal:
+        print()
+
+
+def more_is_waiting() -> bool:
+    """Whether another line arrives on stdin at once, as the next one of a pasted text does."""
+    try:
+        return bool(select.select([sys.stdin], [], [], 0.05)[0])
+    except OSError:  # on Windows, where only sockets can be asked
+        return False
 
 
 def add_flags(parser: argparse.ArgumentParser, temperature: float) -> None:
@@ -127,6 +165,8 @@ def open_model(source: str | None, args: argparse.Namespace) -> tuple[Loaded, di
         if not is_legal(getattr(args, name)):
             fail(f"--{name} {getattr(args, name)} is not {legal}")
     with exit_on(ValueError, OSError):
+        if source and not Path(source).exists():
+            fail(f"there is no file or folder {source}")
         loaded = load_model(source or newest_run())
         device, _ = choose_device(args.device)
     if not has_bfloat16(device):  # many published weights are in bfloat16
@@ -174,8 +214,13 @@ def main() -> None:
             fail(f"cannot read --prompt_file {args.prompt_file}: {error}")
     (model, tokenizer, *_), options = open_model(args.source, args)
     if args.interactive:
-        while prompt := input("> " if sys.stdin.isatty() else ""):
-            write(model, tokenizer, prompt, args, **options)
+        if sys.stdin.isatty():
+            print("Type a text to continue. Ctrl-C stops the answer; Ctrl-D, exit or quit ends.", file=sys.stderr)
+        for prompt in typed():
+            try:
+                write(model, tokenizer, prompt, args, **options)
+            except KeyboardInterrupt:
+                print()
     else:
         write(model, tokenizer, args.prompt, args, **options)
 

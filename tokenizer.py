@@ -17,6 +17,7 @@ Control tokens, such as the <|endoftext|> between documents, belong to no text: 
 as ordinary characters. tiktoken does the encoding.
 """
 
+import argparse
 import base64
 import heapq
 import json
@@ -408,3 +409,14 @@ def to_tokenizer_json(tokenizer: Tokenizer, begin: bool = False) -> dict:
         # Control tokens stand here too: where they do not, the library gives them other ids than those above.
         "model": {"type": "BPE", "vocab": vocab | tokenizer.special, "merges": merges},
     }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Show the tokens of a text.")
+    parser.add_argument("tokenizer", type=named_tokenizer, help="byte, gpt2, ..., or the folder of a run or a model")
+    parser.add_argument("text")
+    args = parser.parse_args()
+    if isinstance(args.tokenizer, int):
+        parser.error("bpe:N has no tokens before prepare.py has trained it: name a run")
+    for token in args.tokenizer.encode(args.text).tolist():
+        print(f"{token:7} {args.tokenizer.bytes_of(token)}")

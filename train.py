@@ -40,6 +40,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -422,7 +423,8 @@ def check_fit(config: Config, meta: dict, step: int, state: dict) -> dict[str, i
     """The rows of each tensor of `state`. Ends the program if a model of this config cannot start with it."""
     try:
         if not Tokenizer.from_dict(meta["tokenizer"]).extends(Tokenizer.from_dict(state["tokenizer"])):
-            fail(f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the checkpoint's tokenizer")
+            wrong = f"{config.data} was prepared with {meta['tokenizer']['name']}, not with the checkpoint's tokenizer"
+            fail(f"{wrong}: prepare it with --tokenizer {shlex.quote(config.init or config.out)}")
         if step > 0 and state["data"] != shard_hashes(meta, "train")[: len(state["data"])]:  # older ones lack masks
             fail(f"{config.data} is not the data set that this run started with: prepare it again, or start a new run")
         if step > 0 and (trained_with := state["config"]["optimizer"]) != config.optimizer:
@@ -532,7 +534,7 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     if is_chat and config.init:
         vocab_size = max(vocab_size, n_used)  # first_weights adds rows for the control tokens of conversations
     if vocab_size < n_used:
-        sizes = f"the model's vocabulary of {vocab_size} is smaller than the data's {n_used}"
+        sizes = f"a vocabulary of {vocab_size:,} is too small for text of {config.data}, which needs {n_used:,} tokens"
         fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
     return config.changed(steps=steps, vocab_size=vocab_size), meta, train_data, val_data
 
@@ -582,7 +584,10 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
         problem = f"has no conversation with an answer that ends within {config.seq_len} tokens: raise --seq_len"
     else:
         windows = Windows(shards[split], config.seq_len, tokenizer.end_of_text if config.document_mask else None)
-        advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
+        n_tokens, in_both = windows.n_tokens, sum(map(len, shards["train"] + shards["val"]))
+        advice = f"use --seq_len {1 << (n_tokens - 1).bit_length() - 1}, or add text" if n_tokens > 16 else "add text"
+        if in_both > 11 * config.seq_len and split == "val":
+            advice = "prepare the text again with --val_tail --val_fraction 0.1"
         problem = f"is shorter than a window of {config.seq_len} tokens: {advice}"
     if windows.n_windows < 1:
         fail(f"the {split} split of {config.data} {problem}")
@@ -846,14 +851,17 @@ class Log(Console):
         tokens = config.steps * config.batch_tokens + config.shift
         n_cut, n_left_out = train_data.n_cut, train_data.n_left_out
         cut = f"; cut to seq_len: {n_cut:,}, left out: {n_left_out:,}" if n_cut or n_left_out else ""
-        epochs = f"{tokens / (train_data.n_windows * config.seq_len):.2f} epochs, {tokens * flops:.3g} FLOP"
+        n_epochs = tokens / (train_data.n_windows * config.seq_len)
+        sizes = f"{n_epochs:.2f} epochs, {tokens * flops:.3g} FLOP"
         lines = {
             "run": config.out,
             "data": f"{config.data}: {train_data.n_tokens:,} training tokens, {val_data.n_tokens:,} held out{cut}",
             "model": f"{self.model.n_params():,} parameters, {flops / 1e6:,.1f} MFLOP per token",
-            "steps": f"{config.steps:,} of {config.batch_tokens:,} tokens: {epochs}",
+            "steps": f"{config.steps:,} of {config.batch_tokens:,} tokens: {sizes}",
             **self.machine.lines,
         }
+        if n_epochs > 10:
+            lines["warning"] = f"{n_epochs:.0f} epochs teach it the text by heart: give --epochs 10, or more text"
         self.line("\n".join(f"{name:8} {text}" for name, text in lines.items()))
 
     def progress(self, step: int) -> None:
@@ -909,35 +917,37 @@ class Log(Console):
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
         if dist.get_rank() > 0:
             return
-        script = f"chat.py {self.config.out}" if is_chat else f"sample.py {self.config.out} --interactive"
+        script = ("chat.py", self.config.out) if is_chat else ("sample.py", self.config.out, "--interactive")
         if not finished and step == self.config.steps:
-            self.line(f"stopped in the last evaluation, after the last step was saved; next: python {script}")
+            next_one = prepare.command(*script)
+            self.line(f"stopped in the last evaluation, after the last step was saved; next: {next_one}")
         elif not finished:
-            launcher = "torchrun ... " if dist.get_world_size() > 1 else "python "
-            resume = f"{launcher}train.py --out {self.config.out} --resume"
+            resume = prepare.command("train.py", "--out", self.config.out, "--resume")
+            if dist.get_world_size() > 1:
+                resume = resume.replace("python", "torchrun ...", 1)
             self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {resume}")
         else:
             if text:
                 self.line(f"\n{'answers to held-out questions' if is_chat else 'a sample'}:\n{text}")
-            self.line(f"\n{self.plot()}\n\n{self.result} after {clock(time.monotonic() - self.started)}")
-            self.line(f"the run is in {self.config.out}; next: python {script}")
+            self.line(f"\n{self.plot()}\n{self.result} after {clock(time.monotonic() - self.started)}")
+            self.line(f"the run is in {self.config.out}; next: {prepare.command(*script)}")
 
-    def plot(self, width: int = 64, height: int = 8) -> str:
-        """The losses of the run in characters, "." of steps and "o" of evaluations. Losses of the first steps that
-        would leave little room for the others are "^" in the top line."""
+    def plot(self, width: int = 64, height: int = 12) -> str:
+        """The losses of the run in characters, or nothing if there are fewer than ten."""
         rows, kinds = self.rows(), {"loss": ".", "val_loss": "o"}
         marks = [(row["step"], row.get(key), mark) for key, mark in kinds.items() for row in rows]
         marks = [mark for mark in marks if mark[1] is not None]
-        low = min((loss for _, loss, _ in marks), default=0.0)
-        high = max((loss for step, loss, _ in marks if step > self.config.steps / 20), default=low)
+        if len(marks) < 10:
+            return ""
+        high, low = (bound(loss for _, loss, _ in marks) for bound in (max, min))
         lines = [[" "] * width for _ in range(height)]
         for step, loss, mark in marks:
-            depth = max(0.0, high - loss) / max(high - low, 1e-9)
-            line = lines[min(round(depth * (height - 1)), height - 1)]
-            line[round(step / self.config.steps * (width - 1))] = mark if loss <= high else "^"
+            depth = (high - loss) / max(high - low, 1e-9)
+            lines[round(depth * (height - 1))][round(step / self.config.steps * (width - 1))] = mark
         labels = [f"{high:.2f}", *[""] * (height - 2), f"{low:.2f}"]
         drawn = [f"{label:>6} |{''.join(line)}" for label, line in zip(labels, lines)]
-        return "\n".join([*drawn, f"{'':6} +{'-' * width} {self.config.steps:,} steps"])
+        legend = f"{'':8}{self.config.steps:,} steps; . training loss, o held-out loss\n"
+        return "\n".join([*drawn, f"{'':6} +{'-' * width}", legend])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

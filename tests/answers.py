@@ -40,8 +40,9 @@ def report(model, tokenizer, n: int) -> None:
             held_out[kind].append([{"role": "user", "content": other.format(f"`{name}`")}, messages[1]])
         elif split == "val":
             held_out[kind].append(messages)
-    rows = defaultdict(list)  # kind -> (is exact, has ended) of each answer
+    print("| kind | answers | exact | ended |\n|---|---|---|---|")
     for kind, conversations in held_out.items():
+        rows = defaultdict(list)  # kind -> (is exact, has ended) of each answer
         for messages in rng.sample(conversations, min(n, len(conversations))):
             for i in range(1, len(messages), 2):
                 ids = render(tokenizer, messages[:i], ask=True)[0].tolist()
@@ -54,10 +55,9 @@ def report(model, tokenizer, n: int) -> None:
                 if kind == "reading":
                     asked = messages[0]["content"].partition("\n\n")[2]
                     rows[f"reading, {kind_of(asked)}"].append(rows[kind][-1])
-    print("| kind | answers | exact | ended |\n|---|---|---|---|")
-    for kind, results in sorted(rows.items()):
-        exact, ended = (sum(column) / len(results) for column in zip(*results))
-        print(f"| {kind} | {len(results)} | {exact:.0%} | {ended:.0%} |")
+        for name, results in sorted(rows.items()):
+            exact, ended = (sum(column) / len(results) for column in zip(*results))
+            print(f"| {name} | {len(results)} | {exact:.0%} | {ended:.0%} |", flush=True)
 
 
 def time_cache(model, tokenizer) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from conftest import ROOT, Ranks, shell, words
 
 import chat
 import prepare
+import train
 from tokenizer import BYTES, END_OF_TEXT, GPT4_PATTERN, Part, Tokenizer, train_bpe
 
 BYTES_AND_TAIL = ["--tokenizer", "byte", "--val_tail", "--val_fraction", 0.2]
@@ -136,7 +138,7 @@ def test_files_without_usable_text_are_named_and_left_out(call, capsys):
     *((["a.txt", "--val_fraction", n], b"text", f"{n} is not between 0 and 1") for n in ("0.0", "1.0")),
     (["a.txt", "--out", "."], b"text", "--out ."),
     (["a.txt", "--out", "a.txt/x"], b"text", "cannot make the data set a.txt/x: [Errno 17]"),
-    (["a.txt", "b.txt"], b"text", "raise --val_fraction, or give --val_tail"),
+    (["a.txt", "b.txt"], b"t", "no document of 2 fell into the train split: add some that begin otherwise, or lower"),
     (["http://127.0.0.1:9/x.txt"], b"", "could not fetch"),
 ])
 def test_input_that_gives_no_data_set_is_refused(refused, tmp_path, inputs, content, told):
@@ -245,7 +247,7 @@ def test_a_killed_preparation_leaves_no_data_set_and_can_be_repeated(call, capsy
     os.kill(process.pid(0), signal.SIGKILL)
     process.finish(-signal.SIGKILL)
     pytest.raises(SystemExit, prepare.load_dataset, "data/big")
-    assert "meta.json: make the data set" in capsys.readouterr().err and not Path("data/big").exists()
+    assert "data/big is no data set" in capsys.readouterr().err and not Path("data/big").exists()
     call(prepare, *flags)
     assert "".join(decoded("data/big")) == text
 
@@ -267,19 +269,19 @@ def test_help_says_what_the_script_does(call, capsys):
 
 
 def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(call, monkeypatch, tmp_path):
-    """A made-up one. Held out are 0.05 of its files, by their hashes as above, or of its functions."""
+    """A made-up one. Held out are 0.05 of its files, by their hashes as above and of copies all, or functions."""
     assert any(path.match("json/decoder.py") for path in prepare.default_corpus())
     names = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=12)) for i in range(800)]
     functions = "".join(f'def {name}(a):\n    """Returns the {name} of all."""\n' for name in names)
     files = {"a.py": "text 2921", "b.py": "text 4152", "c/c.py": functions, "empty.py": "", "no.txt": "not Python"}
     left_out = ("test", "c/tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "c/__pycache__")
-    files |= {f"{folder}/x.py": "left out" for folder in left_out}
+    files |= {f"{folder}/x.py": "left out" for folder in left_out} | {"d.py": "text 2921"}
     write({f"lib/{name}": text for name, text in files.items()})
     monkeypatch.setattr(prepare.sysconfig, "get_path", {"stdlib": str(tmp_path / "lib")}.get)
     call(prepare)
     call(chat, "--prepare", "--tokenizer", "byte")
     assert prepare.load_dataset("data/stdlib")[0]["vocab_size"] == 4096
-    assert decoded("data/stdlib", "val") == ["text 2921"]
+    assert decoded("data/stdlib", "val") == ["text 2921"] * 2
     assert decoded("data/stdlib", "train") == ["text 4152", functions]
     assert 20 < len(set(regex.findall("the ([a-z]+) of all", "".join(decoded("data/chat", "val"))))) < 60
 
@@ -403,12 +405,45 @@ def test_a_file_that_is_no_text_is_refused_with_what_to_do(refused):
 
 
 def test_tables_and_control_tokens_are_text_and_that_is_said(call, refused, capsys):
-    write({"t.csv": "a,b\n" * 9 + "<|im_end|><|im_end|> the end", "one.json": '{"text": "alone"}'})
-    call(prepare, "t.csv", "--tokenizer", "byte", "--val_fraction", 0.1)
+    write({"t.csv": "<|im_end|><|im_end|> a,b\n" + "a,b\n" * 9 + "<|im_end|> the end"})
+    call(prepare, "t.csv", "--tokenizer", "byte", "--val_fraction", 0.5)
     printed = capsys.readouterr().err
     assert "read as plain text, not as tables: t.csv\n" in printed
-    assert "read as ordinary characters: <|im_end|> in 1 documents (" in printed
-    assert "a single document cannot be trained on and held out" in refused(prepare, "one.json", "--tokenizer", "byte")
+    assert "read as ordinary characters: <|im_end|> (3); for" in printed
+
+
+def test_what_cannot_be_used_is_named_once_and_as_the_user_calls_it(refused, capsys, monkeypatch):
+    """A pipe not by the name of its copy."""
+    write({"t.jsonl": '{"question": "q", "answer": "a"}\n'})
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"%PDF-1.7")))
+    for name, told in (("t.jsonl", "t.jsonl: conversations, of"), ("-", "found nothing to read: stdin: not UTF-8")):
+        monkeypatch.setattr(prepare, "say", lambda text: pytest.fail(text) if "skipped" in text else None)
+        assert told in refused(prepare, name, "--tokenizer", "byte", "--val_fraction", 0.5)
+
+
+def test_of_few_documents_the_end_of_each_is_held_out(call, capsys):
+    """Few are those of which a split would have one or none. By the hashes above, "text 62" alone is held out here."""
+    texts = ["text 62", *(f"{i} {words(200, i)}" for i in range(4))]
+    for name, more in (("few", []), ("enough", ["text 62"])):
+        write({f"{name}.jsonl": jsonl(texts + more)})
+        call(prepare, f"{name}.jsonl", "--tokenizer", "byte")
+        assert ("the last 1% of each is held out" in capsys.readouterr().err) == (name == "few")
+    assert [train + val for train, val in zip(decoded("data/few", "train"), decoded("data/few", "val"))] == texts
+    assert decoded("data/enough") == [*texts[1:], "text 62", "text 62"]
+
+
+@pytest.mark.parametrize("data, text, offered", [
+    ("my notes", "my notes/a.txt", "'my notes' --out 'data/my notes'"),
+    ("a b.txt", "a b.txt", "'a b.txt' --out 'data/a b'"), ("my data", None, "--out 'my data'"),
+    ("data/gpt2", None, "--tokenizer gpt2 --out data/gpt2"),
+])
+def test_without_a_data_set_a_command_is_offered_that_makes_it(refused, call, monkeypatch, data, text, offered):
+    monkeypatch.setattr(prepare, "default_corpus", lambda: [Path("corpus.txt")])
+    write({text or "corpus.txt": words(500)})
+    assert f"python prepare.py {offered}" in refused(train, "--data", data)
+    if data != "data/gpt2":  # whose tokenizer needs a network
+        call(prepare, *shlex.split(offered), "--tokenizer", "byte")
+        prepare.load_dataset(shlex.split(offered)[-1])
 
 
 @pytest.mark.parametrize("place, problem", [("x" * 250, "File name too long"), ("t.txt/x", "File exists")])

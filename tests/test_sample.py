@@ -128,9 +128,41 @@ def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, 
     assert "step-00000015.json" in capsys.readouterr().err
 
 
-def test_interactive_answers_each_prompt_until_an_empty_line(run):
-    printed = shell("sample.py", run, "--interactive", "--tokens", 5, cwd=run, stdin="the \none \n\nnever\n").stdout
-    assert "the " in printed and "one " in printed and "never" not in printed
+def test_interactive_answers_each_line_of_a_pipe_that_is_not_blank(run):
+    printed = shell("sample.py", run, "--interactive", "--tokens", 5, cwd=run, stdin="the \n\none \nexit\n").stdout
+    assert re.match(r"(?s)the .*\none .*\nexit", printed)
+
+
+@pytest.mark.parametrize("how", ["without readline", "dumb", "xterm"])
+def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how):
+    """Be the lines edited by readline, and the paste marked by the terminal (xterm) or not. Ctrl-C, as a character that
+    asks for a signal, gives up a line."""
+    terminal, child = os.openpty()
+    hidden = "sys.modules['readline'] = None" if how == "without readline" else ""
+    code = f"import sys; {hidden}\nimport sample\nfor text in sample.typed(): print('<', repr(text), '>')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{code}"],
+        stdin=child, stdout=child, stderr=child, cwd=ROOT, env={**os.environ, "TERM": how}, start_new_session=True,
+    )  # fmt: skip
+    os.close(child)
+    paste = b"\033[200~one\n\ntwo\033[201~\r" if how == "xterm" else b"one\n\ntwo\n"
+    shown = b""
+    for typed in (paste, b"give up\3", b"again\n", b"exit\n"):
+        while not shown.endswith(b"> "):
+            shown += os.read(terminal, 1000)
+        shown += b"|"
+        os.write(terminal, typed)
+    assert process.wait() == 0
+    assert re.findall("< (.*?) >", shown.decode()) == [repr("one\n\ntwo"), repr("again")]
+    assert shown.count(b"Ctrl-D ends") == 1
+    os.close(terminal)
+
+
+def test_ctrl_c_ends_a_text_and_not_the_program(call, run, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "continuations", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    call(sample, run, "--interactive")
+    assert sample.continuations.call_count == 2
 
 
 def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
@@ -142,7 +174,7 @@ def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (["nowhere"], "no checkpoint in nowhere"), (["x" * 300], "File name too long"),
+    (["nowhere"], "no file or folder nowhere"), (["x" * 300], "File name too long"),
     (["--prompt_file", "x" * 300], "File name too long"), (["--n", 0], "--n 0"), (["--tokens", -1], "--tokens -1"),
     (["--temperature", -1], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
     (["--temperature", "1e-40"], "--temperature 1e-40"), (["--seed", 10**23], f"--seed {10**23}"),
@@ -175,8 +207,7 @@ def test_a_prompt_in_another_encoding_and_closed_streams_end_nothing(call, run, 
     assert "caf\ufffd " in capfd.readouterr().out
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(EOFError):  # at which the script ends
-        call(sample, run, "--interactive")
+    call(sample, run, "--interactive")
 
 
 @pytest.mark.parametrize("script", [sample, chat])

@@ -684,7 +684,7 @@ WRONG += [f"seed {10**23}", "grad_clip -1.0", "timeout nan", "stop_at 999", "dev
     (["--batch_tokens", 100], "use 64 or 128"), (["--batch_tokens", 10], "use 64"),
     (["--n_embd", 30, "--n_head", 4], "n_embd 30 is not divisible by n_head 4"),
     (["--vocab_size", 100], "vocabulary of 100"),
-    (["--seq_len", 4096, "--batch_tokens", 16384], "shorter than a window"),
+    (["--seq_len", 4096, "--batch_tokens", 16384], "4096 tokens: use --seq_len 1024, or add text"),
     (["--warmup", 0.7, "--decay", 0.7], "warmup 0.7"), (["--out", "/proc/nowhere"], "/proc/nowhere"),
     (["--out", ""], "--out is empty"), (["--out", "x" * 300], "File name too long"),
     (["--out", "x" * 300, "--resume"], "File name too long"), (["--init", "x" * 300], "File name too long"),
@@ -785,18 +785,21 @@ def test_the_log_reports_what_a_clock_and_the_data_say(call, data, tmp_path, mon
 
 
 def test_the_plot_of_a_run_spans_its_losses(tmp_path):
-    written = [{"step": 1, "loss": 9.0}, {"step": 50, "loss": 3.0}, {"step": 75, "loss": float("nan")}]
-    written += [{"step": 100, "loss": 1.0}, {"step": 100, "val_loss": 2.0}]
+    written = [{"step": 1, "loss": 5.0}, {"step": 50, "loss": 3.0}, {"step": 75, "loss": float("nan")}]
+    written += [{"step": 100, "loss": 1.0}, {"step": 100, "val_loss": 2.8}, *[{"step": 26, "loss": 3.2}] * 6]
     torn = '{"step": 80, "lo'
     (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, written), torn]))
     log = train.Log.__new__(train.Log)
     log.path, log.config = tmp_path / "metrics.jsonl", SimpleNamespace(steps=100)
     assert log.plot(width=5, height=3).splitlines() == [
-        "  3.00 |^ .  ",
-        "       |    o",
+        "  5.00 |.    ",
+        "       | .. o",
         "  1.00 |    .",
-        "       +----- 100 steps",
+        "       +-----",
+        "        100 steps; . training loss, o held-out loss",
     ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, written[2:])))
+    assert log.plot() == ""  # a plot of so few losses shows nothing
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume(run, refused):
@@ -835,7 +838,7 @@ def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path
     told = refused(train, "--out", run, "--resume", "--steps", 25, "--data", "data/other")
     assert "not the data set that this run started with" in told
     told = refused(train, "--init", run, "--data", "data/bpe", "--vocab_size", 300)
-    assert "not with the checkpoint's tokenizer" in told
+    assert told.endswith(f"not with the checkpoint's tokenizer: prepare it with --tokenizer {run}")
 
 
 def test_the_whole_way_from_the_shell(tmp_path):
@@ -844,7 +847,8 @@ def test_the_whole_way_from_the_shell(tmp_path):
     tiny = [*TINY, "--data", "data/my"]
     for script, arguments, told in (
         ("prepare.py", ["my.txt", "--tokenizer", "bpe:300"], "vocabulary of 300"),
-        ("train.py", [*tiny, "--steps", 4, "--stop_at", 2], "to continue: python train.py --out runs/toy-1 --resume"),
+        ("train.py", [*tiny, "--steps", 700, "--stop_at", 1, "--out", "r"], "11 epochs teach it the text by heart"),
+        ("train.py", [*tiny, "--steps", 4, "--stop_at", 2], "train.py --out runs/toy-1 --resume"),
         ("train.py", [*tiny, "--steps", 2], "the run is in runs/toy-2"),
         ("train.py", ["--out", "runs/toy-1", "--resume", "--stop_at", 3], "resuming runs/toy-1/step-00000002"),
         ("train.py", ["--resume"], "resuming runs/toy-1/step-00000003"),  # the newest is the one that was saved last
