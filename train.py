@@ -510,7 +510,7 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
         windows = Conversations(shards[split], shards[f"{split}-mask"], config.seq_len, tokenizer.end_of_text)
         problem = f"has no conversation with an answer that ends within {config.seq_len} tokens: raise --seq_len"
     else:
-        windows = Windows(shards[split], config.seq_len, tokenizer.end_of_text if config.document_mask else None)
+        windows = Windows(shards[split], config.seq_len, tokenizer.begin if config.document_mask else None)
         advice = "use a smaller --seq_len, or prepare the text again with --val_tail --val_fraction 0.1"
         problem = f"is shorter than a window of {config.seq_len} tokens: {advice}"
     if windows.n_windows < 1:
