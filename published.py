@@ -488,6 +488,8 @@ def export(target: Path, run: Path, half: bool = False) -> None:
         state, record = load_checkpoint(run)
     try:
         config, tokenizer = GPTConfig(**model_settings(state["config"])), Tokenizer.from_dict(state["tokenizer"])
+        if config.position == "rope":  # fine-tuning with a shorter --seq_len does not shorten the context
+            config = config.changed(seq_len=max(config.seq_len, state["config"].get("context") or 0))
         chat = state["tokenizer"].get("chat", False)
         if is_gguf:
             save_gguf(partial, config, state["model"], tokenizer, chat, half)

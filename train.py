@@ -118,7 +118,9 @@ class Config(GPTConfig):
     save_every: int = 200  # steps between checkpoints; an evaluation that is the best so far saves one too
     log_every: int = 20  # steps between lines of progress
     keep: int = 2  # newest checkpoints to keep, besides the best
-    # No flag: before a step, step x batch_tokens + shift tokens are drawn. Only a resume with other sizes changes it.
+    # No flags: the context that the model of --init has, which exports carry; and before a step, step x batch_tokens +
+    # shift tokens are drawn, where only a resume with other sizes changes the shift.
+    context: int | None = None
     shift: int = 0
 
     RANGES = {  # noqa: RUF012
@@ -352,7 +354,10 @@ def fine_tuning(given: dict, trained: dict) -> dict:
     theirs = {**model_settings(trained), "dropout": GPTConfig.dropout}
     shape, wanted = GPTConfig(**theirs), GPTConfig(**{**theirs, **model_settings(given)})
     check_shape(f"the model of --init {given['init']}", shape, wanted)
+    if shape.position == "learned" and wanted.seq_len > shape.seq_len:
+        fail(f"the model of --init {given['init']} has learned {shape.seq_len} positions: lower --seq_len to that")
     recipe = {**FINE_TUNING, "lr": trained.get("lr", PUBLISHED_LR), "seq_len": min(theirs["seq_len"], 1024)}
+    recipe["context"] = trained.get("context") or theirs["seq_len"]
     if "micro_batch" not in given:
         recipe["batch_tokens"] = None  # fine_tuning_batch() will choose
     return {**theirs, **recipe, **given}
@@ -386,6 +391,8 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
             if step == 0 and (n_new := config.vocab_size - len(weights[name])) > 0:
                 print(f"{n_new} new tokens: their rows of {name} begin as the mean of the others")
                 weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True).expand(n_new, -1)])
+        if step == 0 and config.position == "learned":
+            weights["positions.weight"] = weights["positions.weight"][: config.seq_len]  # a shorter context is a part
         return model_with(config, weights).state_dict()
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}")
@@ -1165,13 +1172,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def read_settings(path: str | Path) -> dict:
-    """The settings in a JSON file, except for a run's folder and its place in the data."""
+    """The settings in a JSON file, except for a run's folder and what it was given by its data and its --init."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         settings |= settings.pop("model", {})  # older files nest the settings of the model
     except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"cannot read settings from {path}: {error}")
-    return {name: value for name, value in settings.items() if name not in ("out", "shift")}
+    return {name: value for name, value in settings.items() if name not in ("out", "shift", "context")}
 
 
 def build_config(given: dict) -> Config:

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, TINY, Ranks, assert_same, rows, state_of, words
 
 import chat
+import model as models
 import prepare
 import published
 import sample
@@ -531,6 +532,32 @@ def test_fine_tuning_a_published_model_takes_1024_of_its_positions_and_a_small_r
     call(train, "--init", "theirs", "--data", data, "--out", "r", "--stop_at", 1, "--dropout", 0.2, "--micro_batch", 8)
     expected = {"seq_len": 1024, "lr": 2e-5, "epochs": 3, "batch_tokens": 8192, "weight_decay": 0, "dropout": 0.2}
     assert json.loads(Path("r/config.json").read_text()).items() >= expected.items()
+
+
+def test_a_context_is_shortened_in_training_alone_where_positions_are_rotary(call, refused, data, tmp_path):
+    """An export has the model's own again. Of learned positions, those that are left out are lost, and none are new."""
+    pytest.importorskip("safetensors")
+    for position, shape, exported in ("rope", {}, 64), ("learned", models.GPT2, 8):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**{**shape, "vocab_size": 259, "seq_len": 64, "n_layer": 1, "n_head": 1, "n_embd": 16}))
+        published.save_published(tmp_path / position, model.config, model.state_dict())
+        published.save_published_tokenizer(tmp_path / position, BYTE)
+        flags = ["--data", data, "--batch_tokens", 64, "--micro_batch", 8, "--lr", 0, "--seq_len", 8]
+        call(train, "--init", position, *flags, "--steps", 1, "--out", f"once-{position}")
+        call(train, "--init", f"once-{position}", *flags, "--steps", 1, "--out", f"twice-{position}")
+        call(published, "--export", f"out-{position}", f"twice-{position}")
+        config, weights = published.load_published(Path(f"out-{position}"))
+        assert config.seq_len == exported
+        assert_same(dict(weights), {k: v[:8] if k == "positions.weight" else v for k, v in model.state_dict().items()
+                                    if k in weights})  # fmt: skip
+        assert {path.stat().st_mode & 0o777 for path in Path(f"out-{position}").iterdir()} == {0o666 & ~umask()}
+    told = refused(train, "--init", "learned", "--data", data, "--seq_len", 65)
+    assert "the model of --init learned has learned 64 positions: lower --seq_len to that" in told
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 # ---- the terminal
