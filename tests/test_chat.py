@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Ranks, assert_same, rows, state_of, words
+from test_gguf import llama_cpp
 
 import chat
 import model as models
@@ -766,8 +767,54 @@ def test_real_templates_are_rendered_id_for_id(name):
                 assert theirs.apply_chat_template(said, **flags) == render(ours, said, ask)[0].tolist()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "smollm2"])
+def test_real_tokenizers_give_text_the_ids_of_transformers(tmp_path, name):
+    """With the tokens that are found in any text, and behind Llama 3's token that begins one."""
+    if not (REAL / name / "tokenizer.json").exists():
+        pytest.skip(f"NANOFACTORY_CHAT_MODELS has no {name}")
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs, start = tokenizers.Tokenizer.from_file(str(REAL / name / "tokenizer.json")), ("<|begin_of_text|>", 128000)
+    if name == "llama3":  # as its authors mended the file
+        steps, begins = tokenizers.processors, {"single": f"{start[0]} $A", "special_tokens": [start]}
+        theirs.post_processor = steps.Sequence([steps.ByteLevel(), steps.TemplateProcessing(**begins)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours, rng = load_tokenizer(tmp_path), random.Random(0)
+    parts = [*"abZé中🙂\n\t7'_-…", "\r\n", "  ", "'s", "DON'T", " the", "12345", *(2 * [*ours.added])]
+    for _ in range(500):
+        text = "".join(rng.choices(parts, k=rng.randrange(60)))
+        assert theirs.encode(text).ids == [128000] * (name == "llama3") + ours.encode(text).tolist()
+    assert len(ours.added) == {"qwen3": 12}.get(name, 0)
+    assert ours.begin == {"qwen3": 151643, "llama3": 128000, "smollm2": 0}[name]
+
+
 def test_a_real_chat_model_answers(call, capsys, monkeypatch):
     if not (REAL / "smollm2" / "model.safetensors").exists():
         pytest.skip("NANOFACTORY_CHAT_MODELS has no smollm2")
     out, _ = ask(call, capsys, monkeypatch, REAL / "smollm2", "What is the capital of France?\nAnd of Japan?\n")
     assert out == "The capital of France is Paris.\nThe capital of Japan is Tokyo.\n"
+
+
+def test_a_real_chat_model_that_is_tuned_here_answers_in_other_programs_as_here(call, capsys, monkeypatch, tmp_path):
+    """Also the ids of its control tokens, of which those in the middle of its vocabulary were once renumbered."""
+    if not (REAL / "smollm2" / "model.safetensors").exists():
+        pytest.skip("NANOFACTORY_CHAT_MODELS has no smollm2")
+    transformers, question = pytest.importorskip("transformers"), "What is the capital of France?"
+    prepared(call, [talk(f"{i}?", f"It is {i}.") for i in range(40)], REAL / "smollm2")
+    flags = ["--seq_len", 128, "--batch_tokens", 128, "--micro_batch", 1, "--steps", 1, "--lr", 1e-5, "--keep", 1]
+    call(train, "--init", REAL / "smollm2", "--data", "data/t", *flags, "--eval_tokens", 128, "--out", "r")
+    ours, _ = ask(call, capsys, monkeypatch, "r", f"{question}\n", "--tokens", 20)
+    call(published, "--export", "out", "r")
+    call(published, "--export", "out.gguf", "r")
+    asked = render(load_tokenizer(REAL / "smollm2"), talk(question), ask=True)[0].tolist()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    flags = {"add_generation_prompt": True, "return_dict": False}
+    assert tokenizer.apply_chat_template(talk(question), **flags) == asked and asked[0] == 1
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    answer = model.generate(torch.tensor([asked]), max_new_tokens=20, do_sample=False)[0, len(asked) :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == ours.rstrip("\n")
+    assert model.config.max_position_embeddings == 8192  # although it was tuned with 128
+    with llama_cpp(tmp_path / "out.gguf") as post:
+        prompt = post("/apply-template", messages=talk(question))["prompt"]
+        assert post("/tokenize", content=prompt, add_special=True)["tokens"] == asked
+        said = post("/v1/chat/completions", messages=talk(question), temperature=0, top_k=1, max_tokens=20)
+    assert said["choices"][0]["message"]["content"] == ours.rstrip("\n")
