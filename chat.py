@@ -70,7 +70,11 @@ def parts_of(template: Template, messages: list[Message], ask: bool = False) -> 
             texts.append(Part(pieces[n], target=is_learned(message)))
             pieces[n] = f"\ue000{len(texts) - 1}\ue001"
         marked.append({"role": message["role"], "content": "".join(pieces)})
-    first, *written = regex.split("\ue000(\\d+)\ue001", template.write(marked, ask))
+    whole = template.write(marked, ask)
+    for message in marked:
+        if regex.search("\ue000\\d+\ue001$", message["content"])[0] not in whole:  # all behind its thought
+            raise ValueError(f"conversations with a message ({message['role']}) that the chat template alters")
+    first, *written = regex.split("\ue000(\\d+)\ue001", whole)
     parts = [Part(first, control=True, target=False)]
     for number, own in zip(written[::2], written[1::2]):
         parts.append(text := texts[int(number)])
@@ -129,7 +133,6 @@ HARMLESS = regex.compile(  # they describe a record, as do "source_url" and "n_t
     r"|author|split|subset|version|meta|metadata|tokens|length|turns?)"
 )
 NOTHING = (None, "", [], {}, "[]")  # values of a key that is only there because other records use it
-BARE = r"\s|</?think>"  # what a template may change in a text
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -147,8 +150,9 @@ def conversations(files: list[Path], val_fraction: float, template: Template, sk
                 skipped.record(path, str(reason), record)
                 continue
             texts = [part.text for part in parts if not part.control], [message["content"] for message in messages]
-            if len(regex.sub(BARE, "", "".join(texts[0]))) < len(regex.sub(BARE, "", "".join(texts[1]))):
-                unused.add("content (the chat template leaves out a part)")
+            kept, said = (len(regex.sub(r"\s|</?think>", "", "".join(each))) for each in texts)
+            if kept < said:
+                unused.add("content (thoughts that the chat template leaves out)")
             skipped.unused.update(unused)
             roles = [message["role"] for message in messages]
             asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages

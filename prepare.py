@@ -183,7 +183,8 @@ class NewDataset:
         if isinstance(self.tokenizer, int):  # this reads all text, which is then read again to encode it
             self.tokenizer = tokenizer_for(pieces(Skipped()), self.tokenizer, self.total_bytes)
         watched = watched_for_control_tokens(pieces(self.skipped), self.tokenizer, self.skipped.spelled)
-        ends = [self.tokenizer.end_of_text] if self.chat else self.tokenizer.between_documents
+        end, begin = self.tokenizer.end_of_text, self.tokenizer.begin
+        ends = [end] if self.chat or begin == end else [end, begin]  # the template begins a conversation
         items = with_progress(encoded(self.tokenizer, watched, ends), "encoding", self.total_bytes)
         splits = write_shards(self.partial, self.tokenizer.n_vocab, items, masked=self.chat)
         self.skipped.say()

@@ -25,7 +25,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from functools import cache, cached_property
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -196,6 +196,11 @@ class Tokenizer:
         self.refusal = template if isinstance(template, str) else None
         self.template = None if self.refusal else template or usual
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)  # see encode_ordinary()
+        # What a text spells that it may mean as a control token, and what is found in it. The longest one counts.
+        self.control_tokens, self.added_tokens = (
+            re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
+            for names in ({*self.special, *CHAT_TOKENS}, self.added)
+        )
 
     @classmethod
     def of(
@@ -228,7 +233,7 @@ class Tokenizer:
             return self.encoding.encode_to_numpy(text, allowed_special="all")
         if not self.added:
             return self.encode_ordinary(text)
-        pieces = self.added_pattern.split(text)  # every second one is such a token
+        pieces = self.added_tokens.split(text)  # every second one is such a token
         ids = [[self.added[piece]] if i % 2 else self.encode_ordinary(piece) for i, piece in enumerate(pieces)]
         return np.concatenate(ids).astype(np.uint32)
 
@@ -268,25 +273,10 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.bytes_of, tokens)).decode(errors="replace")
 
-    @cached_property
-    def control_tokens(self) -> re.Pattern:
-        """What a text spells that it may mean as a control token, those of conversations here included."""
-        return re.compile("|".join(map(re.escape, {*self.special, *CHAT_TOKENS})))
-
-    @cached_property
-    def added_pattern(self) -> re.Pattern:
-        """The longest one counts where several begin."""
-        return re.compile(f"({'|'.join(map(re.escape, sorted(self.added, key=len, reverse=True)))})")
-
     @property
     def n_text(self) -> int:
         """One more than the highest id in text: of ordinary and added tokens, and those around documents."""
         return 1 + max(self.end_of_text, self.begin, *self.added.values(), *self.ranks.values())
-
-    @property
-    def between_documents(self) -> list[int]:
-        """What ends a document and begins the next one: often the same token."""
-        return list(dict.fromkeys((self.end_of_text, self.begin)))
 
     @property
     def ends(self) -> set[int]:
