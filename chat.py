@@ -60,25 +60,34 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("learned", True)
 
 
-def parts_of(template: Template, messages: list[Message], ask: bool = False) -> Iterator[Part]:
-    """Yield the text of a conversation in parts that are encoded one by one: control tokens count in the template's
-    parts only, so that no message can inject one. `ask` adds the beginning of the next answer."""
-
-    def control(text: str, target: bool = False) -> Part:
-        return Part(text, control=True, target=target)
-
-    yield control(template.begin)
-    for i, message in enumerate(messages):
-        answers, learned = message["role"] == "assistant", is_learned(message)
-        yield control(template.header.format(role=message["role"]))
-        if answers and i == len(messages) - 1:
-            yield control(template.opening)
+def parts_of(template: Template, messages: list[Message], ask: bool = False) -> list[Part]:
+    """The text of a conversation in parts that are encoded one by one: control tokens count in the template's parts
+    only, so that no message can inject one. `ask` adds the beginning of the next answer. Raises ValueError if the
+    template refuses the conversation."""
+    texts, marked = [], []  # the template is given marks, and what it writes is cut at them
+    for message in messages:
+        answers = message["role"] == "assistant"
         # The blanks that an answer begins with may be the indentation of code.
-        yield Part(message["content"].rstrip() if answers else message["content"].strip(), target=learned)
-        yield control(template.end, target=learned)
-        yield control(template.gap)
-    if ask:
-        yield control(template.header.format(role="assistant") + template.opening)
+        text = message["content"].rstrip() if answers else message["content"].strip()
+        # Qwen3's looks for a thought in an answer, so these tags remain.
+        pieces = regex.split("(\n*</?think>\n*)", text) if answers and "</think>" in template.jinja else [text]
+        for n in range(0, len(pieces), 2):
+            texts.append(Part(pieces[n], target=is_learned(message)))
+            pieces[n] = f"\ue000{len(texts) - 1}\ue001"
+        marked.append({"role": message["role"], "content": "".join(pieces)})
+    whole = template.write(marked, ask)
+    for message in marked:
+        if regex.search("\ue000\\d+\ue001$", message["content"])[0] not in whole:  # all behind its thought
+            raise ValueError(f"conversations with a message ({message['role']}) that the chat template alters")
+    first, *written = regex.split("\ue000(\\d+)\ue001", whole)
+    parts = [Part(first, control=True, target=False)]
+    for number, own in zip(written[::2], written[1::2]):
+        parts.append(text := texts[int(number)])
+        if text.target:
+            answered, end, own = own.partition(template.end)
+            parts.append(Part(answered + end, control=True))
+        parts.append(Part(own, control=True, target=False))
+    return parts
 
 
 def render(tokenizer: Tokenizer, messages: list[Message], ask: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -99,11 +108,12 @@ def prepare(inputs: list[str], out: str | Path, tokenizer: str, val_fraction: fl
 
     def pieces(skipped: Skipped) -> Iterator[Piece]:
         if inputs:
-            talks = conversations(new.files, new.val_fraction, skipped)
+            talks = conversations(new.files, new.val_fraction, template, skipped)
         else:
-            talks = ((split, talk) for split, _, talk in stdlib_conversations(new.files, new.val_fraction))
-        for split, messages in talks:
-            yield split, list(parts_of(template, messages))
+            default = stdlib_conversations(new.files, new.val_fraction)
+            talks = ((split, parts_of(template, messages)) for split, _, messages in default)
+        for split, parts in talks:
+            yield split, parts
             yield split, None
 
     new.write(pieces)
@@ -131,8 +141,8 @@ NOTHING = (None, "", [], {}, "[]")  # values of a key that is only there because
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
-def conversations(files: list[Path], val_fraction: float, skipped: Skipped) -> Iterator[tuple[str, list[Message]]]:
-    """Yield the split and the messages of each conversation. Equal first questions share a split."""
+def conversations(files: list[Path], val_fraction: float, template: Template, skipped: Skipped) -> Iterator[Piece]:
+    """Yield the split and the parts of each conversation. Equal first questions share a split."""
     for path in files:
         if not is_container(path):
             skipped[path, "not a file of conversations"] += 1
@@ -140,16 +150,21 @@ def conversations(files: list[Path], val_fraction: float, skipped: Skipped) -> I
         for record in records(path, None, skipped):
             try:
                 messages, unused = messages_in(record)
-            except Unusable as reason:
+                parts = parts_of(template, messages)
+            except ValueError as reason:
                 skipped.record(path, str(reason), record)
                 continue
+            texts = [part.text for part in parts if not part.control], [message["content"] for message in messages]
+            kept, said = (len(regex.sub(r"\s|</?think>", "", "".join(each))) for each in texts)
+            if kept < said:
+                unused.add("content (thoughts that the chat template leaves out)")
             skipped.unused.update(unused)
             roles = [message["role"] for message in messages]
             asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages
-            yield split_of(json.dumps(asked).encode(), val_fraction), messages
+            yield split_of(json.dumps(asked).encode(), val_fraction), parts
 
 
-class Unusable(Exception):
+class Unusable(ValueError):
     """The reason why a record cannot be used."""
 
 
@@ -491,7 +506,8 @@ def main() -> None:
     args = parser.parse_args()
     (model, tokenizer, source, was_trained), options = open_model(args.source, args)
     if not tokenizer.template:
-        fail(f"{source} has no tokens for conversations: fine-tune it on some first, see python chat.py --help")
+        advice = "fine-tune it on some first, see python chat.py --help"
+        fail(tokenizer.refusal or f"{source} has no tokens for conversations: {advice}")
     if not was_trained:
         print(f"{source} was not trained on conversations, so do not expect answers", file=sys.stderr)
     talk(model, tokenizer, args, **options)

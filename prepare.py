@@ -12,7 +12,8 @@ A data set is a folder:
     data/mine/val-00000.npy ...     the same for the val split, the text held out from training
     data/mine/meta.json             the tokenizer, the sizes, and the SHA-256 of each shard
 
-In the shards, each document is followed by the token <|endoftext|>. A document is a text file, or one record of a
+In the shards, each document is followed by the token <|endoftext|>, and by the one that begins the next document where
+that is another, as in Llama 3. A document is a text file, or one record of a
 .jsonl, .json (also with .gz) or .parquet file. Where the loss does not count all tokens (conversations, see chat.py),
 train-mask-00000.npy and so on tell which. The folder gets its name when it is complete; until then it is called
 data/mine.partial, and only one process at a time can make it.
@@ -181,7 +182,9 @@ class NewDataset:
         if isinstance(self.tokenizer, int):  # this reads all text, which is then read again to encode it
             self.tokenizer = tokenizer_for(pieces(Skipped()), self.tokenizer, self.total_bytes)
         watched = watched_for_control_tokens(pieces(self.skipped), self.tokenizer, self.skipped.spelled)
-        items = with_progress(encoded(self.tokenizer, watched), "encoding", self.total_bytes)
+        end, begin = self.tokenizer.end_of_text, self.tokenizer.begin
+        ends = [end] if self.chat or begin == end else [end, begin]  # the template begins a conversation
+        items = with_progress(encoded(self.tokenizer, watched, ends), "encoding", self.total_bytes)
         splits = write_shards(self.partial, self.tokenizer.n_vocab, items, masked=self.chat)
         n_documents = sum(sizes["documents"] for sizes in splits.values())
         if not n_documents:
@@ -452,13 +455,13 @@ def watched_for_control_tokens(pieces: Iterable[Piece], tokenizer: Tokenizer, co
                 counts.update(tokenizer.control_tokens.findall(part.text))
 
 
-def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> Iterator[Encoded]:
-    """Encode each piece, in order. The end of a document becomes <|endoftext|>.
+def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece], ends: list[int]) -> Iterator[Encoded]:
+    """Encode each piece, in order. The end of a document becomes the tokens `ends`.
 
     tiktoken releases Python's global lock (the GIL), so threads encode on all cores. Each gets a batch of about a
     megabyte at a time, so that short documents are encoded as fast as long ones.
     """
-    end_of_document = np.array([tokenizer.end_of_text]), np.array([False])
+    end_of_document = np.array(ends), np.zeros(len(ends), bool)
 
     def encode(piece: Piece) -> Encoded:
         split, parts = piece

@@ -28,8 +28,8 @@ from torch import Tensor
 from checkpoint import Tensors, load_checkpoint, tensors_of
 from model import GPT, GPT2, GPTConfig, empty_model, model_settings, model_with, rotary_frequencies
 from prepare import exit_on, fail, write_json
-from tokenizer import DIGITS_PATTERN, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN
-from tokenizer import Template, Tokenizer, load_tokenizer, to_tokenizer_json
+from tokenizer import DIGITS_PATTERN, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN
+from tokenizer import Tokenizer, load_tokenizer, published_jinja, to_tokenizer_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading any model: a run of ours or a published folder
@@ -64,9 +64,7 @@ def tensors_at(source: Path) -> dict[str, Tensors]:
 
 
 def has_chat_template(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    inside = config.exists() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
-    return inside or (folder / "chat_template.jinja").exists()
+    return published_jinja(folder)[0] is not None
 
 
 class Loaded(NamedTuple):
@@ -350,33 +348,30 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", theirs)
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # not the owner's alone
     write_json(folder / "generation_config.json", ends)
+
+
+def why_not_exportable(config: GPTConfig) -> str | None:
+    """A sentence for a model that no published family can express."""
+    try:
+        family_of(config)
+    except ValueError as error:
+        return str(error)
 
 
 def save_published_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool = False) -> None:
     """Write tokenizer.json and tokenizer_config.json, and for a chat model its template. For others, each text begins
-    with <|endoftext|>, as in sample.py."""
+    as in sample.py."""
     write_json(folder / "tokenizer.json", to_tokenizer_json(tokenizer, begin=not chat))
     template = tokenizer.template if chat else None
-    end = template.end if template else END_OF_TEXT
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": end}
-    names |= {"pad_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "add_bos_token": not chat}
+    named = {token: name for name, token in tokenizer.special.items()}
+    begin, end = named[tokenizer.begin], named[tokenizer.end_of_text]
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "pad_token": end, "unk_token": end}
+    names |= {"eos_token": template.end if template else end, "add_bos_token": not chat}
     write_json(folder / "tokenizer_config.json", names)
     if template:
-        (folder / "chat_template.jinja").write_text(jinja_of(template), encoding="utf-8")
-
-
-def jinja_of(template: Template) -> str:
-    """The template in the language of Hugging Face's chat_template.jinja."""
-    before, after = map(json.dumps, template.header.split("{role}"))
-    end, gap, begin, opening = map(json.dumps, template[1:])
-    return (
-        f"{{{{- {begin} }}}}{{%- for message in messages -%}}{{{{- {before} + message['role'] + {after} }}}}"
-        f"{{%- if loop.last and message['role'] == 'assistant' -%}}{{{{- {opening} }}}}{{%- endif -%}}"
-        f"{{{{- message['content'].rstrip() if message['role'] == 'assistant' else message['content'] | trim }}}}"
-        f"{{{{- {end} + {gap} }}}}{{%- endfor -%}}"
-        f"{{%- if add_generation_prompt -%}}{{{{- {before} + 'assistant' + {after} + {opening} }}}}{{%- endif -%}}"
-    )
+        (folder / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +400,7 @@ GGUF_MODULES = {
 }
 GGUF_PATTERNS = {"llama-bpe": GPT4_PATTERN, "gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN, "qwen2": QWEN_PATTERN}
 GGUF_QKV = dict.fromkeys((f"blocks.*.attention.{name}" for name in ("query", "key", "value")), "blk.*.attn_qkv")
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens there
+NORMAL, CONTROL, IN_TEXT, UNUSED = 1, 3, 4, 5  # kinds of tokens there
 
 
 def save_gguf(
@@ -460,7 +455,7 @@ def save_gguf(
 
     plain = to_tokenizer_json(tokenizer)["model"]
     tokens, kinds = [f"<|unused_{i}|>" for i in range(config.vocab_size)], [UNUSED] * config.vocab_size
-    for kind, ids in ((NORMAL, plain["vocab"]), (CONTROL, tokenizer.special)):
+    for kind, ids in ((NORMAL, plain["vocab"]), (CONTROL, tokenizer.special), (IN_TEXT, tokenizer.added)):
         for text, i in ids.items():
             if i < config.vocab_size:  # models of plain text can lack the control tokens of conversations
                 tokens[i], kinds[i] = text, kind
@@ -469,11 +464,11 @@ def save_gguf(
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(plain["merges"] or ["ÿ ÿ"])  # there must be one: of a byte that no text has
-    writer.add_bos_token_id(tokenizer.end_of_text)
+    writer.add_bos_token_id(tokenizer.begin)
     writer.add_eos_token_id(tokenizer.special[tokenizer.template.end] if chat else tokenizer.end_of_text)
     writer.add_add_bos_token(not chat)  # the template of a chat begins it
     if chat:
-        writer.add_chat_template(jinja_of(tokenizer.template))
+        writer.add_chat_template(tokenizer.template.jinja)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -503,13 +498,15 @@ def export(target: Path, run: Path, half: bool = False) -> None:
         state, record = load_checkpoint(run)
     try:
         config, tokenizer = GPTConfig(**model_settings(state["config"])), Tokenizer.from_dict(state["tokenizer"])
+        if config.position == "rope":  # fine-tuning with a shorter --seq_len does not shorten the context
+            config = config.changed(seq_len=max(config.seq_len, state["config"].get("context") or 0))
         chat = state["tokenizer"].get("chat", False)
         if is_gguf:
             save_gguf(partial, config, state["model"], tokenizer, chat, half)
             partial.replace(target)
         else:
             stops = sorted(tokenizer.ends, reverse=True) if chat else tokenizer.end_of_text
-            ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": stops}
+            ends = {"bos_token_id": tokenizer.begin, "eos_token_id": stops}
             save_published(target, config, state["model"], ends)
             save_published_tokenizer(target, tokenizer, chat)
     except Exception as error:  # noqa: BLE001 - safetensors has exceptions of its own

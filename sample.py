@@ -79,14 +79,14 @@ class Decoder:
 def sample(model: GPT, tokenizer: Tokenizer, seed: int) -> str:
     """200 tokens that the model writes into an empty document, for the end of a training run."""
     torch.manual_seed(seed)
-    steps = continuations(model.eval(), tokenizer, [tokenizer.end_of_text], 1, 200, temperature=0.8)
+    steps = continuations(model.eval(), tokenizer, [tokenizer.begin], 1, 200, temperature=0.8)
     return "".join(text for (text,) in steps)
 
 
 def write(model: GPT, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace, **options) -> None:
     """Print one continuation as it is generated, or several one after the other when all are complete."""
     try:
-        ids = [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
+        ids = [tokenizer.begin, *tokenizer.encode(prompt).tolist()]
     except UnicodeEncodeError:
         fail("the prompt is not UTF-8 text")
     steps = continuations(model, tokenizer, ids, args.n, args.tokens, args.stop, **options)

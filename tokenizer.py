@@ -14,7 +14,8 @@ All tokenizers here are byte-pair encoding on bytes, so that any text can be enc
     a folder     a run's or a published model's, with its file tokenizer.json
 
 Control tokens, such as the <|endoftext|> between documents, belong to no text: where a text spells one, it is encoded
-as ordinary characters. tiktoken does the encoding.
+as ordinary characters. A published tokenizer can have other tokens that are found in any text, as Qwen3's <think> is.
+tiktoken does the encoding.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -34,8 +35,8 @@ import numpy as np
 import regex  # tiktoken's dependency: unlike re, it knows \p{L}, any letter, and \p{N}, any digit
 import tiktoken
 
-END_OF_TEXT = "<|endoftext|>"
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation, see CHATML
+END_OF_TEXT, LLAMA_END, LLAMA_BEGIN = "<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation
 SPECIAL_TOKENS = (END_OF_TEXT, *CHAT_TOKENS)  # of every tokenizer made here
 BYTES = {bytes([byte]): byte for byte in range(256)}
 PROBE = "I'll DON'T we'Ve 1234567 a1b22 naïve 你好吗 🙂🙂 x==y; f(__init__)  \t two\n\n  \r\n 'end' "  # see extends()
@@ -134,20 +135,35 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 class Template(NamedTuple):
-    """What a chat model expects around the messages of a conversation."""
+    """How a chat model expects a conversation."""
 
-    header: str  # before each message, with the role filled in
-    end: str  # after each message: the token with which the model ends its answer
-    gap: str = "\n"  # between messages
-    begin: str = ""  # before the first message
-    opening: str = ""  # what the last answer begins with, so that the model need not write it
+    jinja: str  # a program in the language that Hugging Face uses for this
+    end: str  # the token with which the model ends its answer
+
+    def write(self, messages: list[dict], ask: bool) -> str:
+        """The text of messages {"role", "content"}. `ask` adds the beginning of the next answer. Raises ValueError if
+        the program fails."""
+        try:
+            return compiled(self.jinja).render(messages=messages, add_generation_prompt=ask, tools=None)
+        except Exception as error:  # noqa: BLE001 - a program can fail in any way
+            raise ValueError(f"its program ends with {type(error).__name__}: {error}") from error
 
 
-CHATML = Template("<|im_start|>{role}\n", "<|im_end|>")
-TEMPLATES = (  # a tokenizer uses the first one whose tokens it has, so special cases come first
-    CHATML._replace(opening="<think>\n\n</think>\n\n"),  # Qwen3, which then answers without thinking
-    CHATML,  # all models trained here, and SmolLM2
-    Template("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", "<|begin_of_text|>"),  # Llama 3
+@cache
+def compiled(jinja: str):
+    """A program, as transformers runs it. It may be a stranger's, but in this sandbox it can only write text."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch installs it
+
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+    return ImmutableSandboxedEnvironment(**options).from_string(jinja)
+
+
+CHATML = Template(  # all models trained here
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{{- message['content'].rstrip() if message['role'] == 'assistant' else message['content'] | trim -}}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}",
+    "<|im_end|>",
 )
 
 
@@ -161,20 +177,41 @@ class Part(NamedTuple):
 
 class Tokenizer:
     """A tiktoken.Encoding with its parts: `pattern` cuts text into chunks, `ranks` maps the bytes of each ordinary
-    token to its id, `special` the name of each control token. Everything else follows from these three."""
+    token to its id, `special` the name of each control token, and `added` that of each token that is found in any text.
+    `begin` is the token before each text, by default the one that ends the text before it. `template` is that of its
+    conversations, by default CHATML if it has the tokens, or a sentence that tells why there can be none."""
 
-    def __init__(self, encoding: tiktoken.Encoding):
-        self.encoding, self.name, self.n_vocab = encoding, encoding.name, encoding.n_vocab
-        self.pattern, self.ranks, self.special = encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens
-        self.end_of_text = self.special[END_OF_TEXT]  # ends each document, and so stands before each text
-        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)  # see encode()
+    def __init__(
+        self,
+        encoding: tiktoken.Encoding,
+        added: dict[str, int] | None = None,
+        begin: int | None = None,
+        template: Template | str | None = None,
+    ):
+        self.encoding, self.name, self.n_vocab, self.added = encoding, encoding.name, encoding.n_vocab, added or {}
+        self.pattern, self.ranks = encoding._pat_str, encoding._mergeable_ranks
+        self.special = {name: id for name, id in encoding._special_tokens.items() if name not in self.added}
+        self.end_of_text = self.special[LLAMA_END if END_OF_TEXT not in self.special else END_OF_TEXT]
+        self.begin = self.end_of_text if begin is None else begin
+        usual = CHATML if self.special.keys() >= set(CHAT_TOKENS) else None
+        self.refusal = template if isinstance(template, str) else None
+        self.template = None if self.refusal else template or usual
+        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)  # see encode_ordinary()
+        # What a text spells that it may mean as a control token, and what is found in it. The longest one counts.
+        self.control_tokens, self.added_tokens = (
+            re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
+            for names in ({*self.special, *CHAT_TOKENS}, self.added)
+        )
 
     @classmethod
-    def of(cls, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None) -> Self:
+    def of(
+        cls, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None, **settings
+    ) -> Self:
         """tiktoken calls ids ranks, since it merges the lowest first. `special` is SPECIAL_TOKENS by default."""
         if special is None:
             special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
-        return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+        named = special | settings.get("added", {})
+        return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=named), **settings)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.extends(other) and other.extends(self)
@@ -182,7 +219,8 @@ class Tokenizer:
     def extends(self, other: Self) -> bool:
         """Whether this one gives the same ids as the other, and differs by more control tokens at most."""
         same_ranks = self.cuts_like(other.pattern) and self.ranks == other.ranks
-        return same_ranks and other.special.items() <= self.special.items()
+        same_begin = (self.begin, self.added) == (other.begin, other.added) and other.template in (None, self.template)
+        return same_ranks and same_begin and other.special.items() <= self.special.items()
 
     def cuts_like(self, pattern: str) -> bool:
         """Whether this pattern, which may be written in another way, gives the same ids. Where all tokens are bytes,
@@ -191,13 +229,21 @@ class Tokenizer:
         return same_chunks or max(map(len, self.ranks)) == 1
 
     def encode(self, text: str, control: bool = False) -> np.ndarray:
-        """The ids [N] of a text. A control token that it spells is encoded as ordinary characters, unless `control`.
+        """The ids [N] of a text. A control token that it spells is encoded as ordinary characters, unless `control`."""
+        if control:
+            return self.encoding.encode_to_numpy(text, allowed_special="all")
+        if not self.added:
+            return self.encode_ordinary(text)
+        pieces = self.added_tokens.split(text)  # every second one is such a token
+        ids = [[self.added[piece]] if i % 2 else self.encode_ordinary(piece) for i, piece in enumerate(pieces)]
+        return np.concatenate(ids).astype(np.uint32)
+
+    def encode_ordinary(self, text: str) -> np.ndarray:
+        """The ids [N] of a text in ordinary tokens.
 
         Bytes without a token, such as some control characters in SmolLM2's vocabulary, make tiktoken panic. They are
         left out of their chunks, as in Hugging Face's library.
         """
-        if control:
-            return self.encoding.encode_to_numpy(text, allowed_special="all")
         if not self.missing or not set(self.missing) & set(text.encode()):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         chunks = (chunk.encode().translate(None, self.missing) for chunk in regex.findall(self.pattern, text))
@@ -206,10 +252,17 @@ class Tokenizer:
 
     def encode_parts(self, parts: Iterable[Part]) -> tuple[np.ndarray, np.ndarray]:
         """The ids [N] of parts that are encoded one by one, so that none can change the tokens of another, and which of
-        them the loss counts."""
-        parts = list(parts)
-        ids = [self.encode(part.text, part.control) for part in parts]
-        return np.concatenate(ids), np.repeat([part.target for part in parts], [len(part) for part in ids])
+        them the loss counts. What a template writes between a text and its next control token belongs to the text."""
+        joined: list[Part] = []
+        for part in parts:
+            if part.control and joined and not joined[-1].control:
+                control = self.control_tokens.search(part.text)
+                at = control.start() if control else len(part.text)
+                joined[-1] = joined[-1]._replace(text=joined[-1].text + part.text[:at])
+                part = part._replace(text=part.text[at:])
+            joined.append(part)
+        ids = [self.encode(part.text, part.control) for part in joined]
+        return np.concatenate(ids), np.repeat([part.target for part in joined], [len(part) for part in ids])
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes of a token, or b"" for an unused id (published vocabularies have a few)."""
@@ -221,22 +274,10 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.bytes_of, tokens)).decode(errors="replace")
 
-    @cached_property
-    def control_tokens(self) -> re.Pattern:
-        """What a text spells that it may mean as a control token, those of conversations here included."""
-        return re.compile("|".join(map(re.escape, {*self.special, *CHAT_TOKENS})))
-
     @property
     def n_text(self) -> int:
-        """One more than the highest id in text: of ordinary tokens and <|endoftext|>."""
-        return 1 + max(self.end_of_text, *self.ranks.values())
-
-    @cached_property
-    def template(self) -> Template | None:
-        """The template of its conversations, which follows from its control tokens."""
-        for template in TEMPLATES:
-            if set(re.findall("<[^<>]+>", "".join(template))) <= self.special.keys():
-                return template
+        """One more than the highest id in text: of ordinary and added tokens, and those around documents."""
+        return 1 + max(self.end_of_text, self.begin, *self.added.values(), *self.ranks.values())
 
     @property
     def ends(self) -> set[int]:
@@ -244,24 +285,32 @@ class Tokenizer:
         return {self.end_of_text} | ({self.special[self.template.end]} if self.template else set())
 
     def for_chat(self) -> Self:
-        """This tokenizer, with ChatML's control tokens if it has none for conversations."""
+        """This tokenizer, with ChatML's control tokens if it has none for conversations. Raises ValueError if those
+        of the published model cannot be written."""
+        if self.refusal:
+            raise ValueError(self.refusal)
         if self.template:
             return self
         more = {token: self.n_vocab + i for i, token in enumerate(CHAT_TOKENS)}
-        return Tokenizer.of(self.name, self.pattern, self.ranks, more | self.special)
+        special = more | self.special
+        return Tokenizer.of(self.name, self.pattern, self.ranks, special, added=self.added, begin=self.begin)
 
     def to_dict(self, chat: bool = False) -> dict:
         """JSON values, for meta.json, a run and its checkpoints. `chat` tells that the data set, or what the model was
         trained on last, consists of conversations."""
         ranks = {base64.b64encode(token).decode(): rank for token, rank in self.ranks.items()}
         plain = {"name": self.name, "pattern": self.pattern, "ranks": ranks, "special_tokens": self.special}
-        return plain | {"chat": chat}
+        template = list(self.template) if self.template else self.refusal
+        return plain | {"added": self.added, "begin": self.begin, "template": template, "chat": chat}
 
     @classmethod
     def from_dict(cls, plain: dict) -> Self:
         """The inverse of to_dict."""
         ranks = {base64.b64decode(token): rank for token, rank in plain["ranks"].items()}
-        return cls.of(plain["name"], plain["pattern"], ranks, plain["special_tokens"])
+        more = {name: plain[name] for name in ("added", "begin", "template") if name in plain}  # older ones lack them
+        if isinstance(more.get("template"), list):
+            more["template"] = Template(*more["template"])
+        return cls.of(plain["name"], plain["pattern"], ranks, plain["special_tokens"], **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +358,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             state = torch.load(file := checkpoints[-1], map_location="cpu", weights_only=True, mmap=True)
             return Tokenizer.from_dict(state["tokenizer"])
         plain = json.loads(file.read_text(encoding="utf-8"))
-        return Tokenizer.from_dict(plain) if "ranks" in plain else from_tokenizer_json(plain, folder.name)
+        return Tokenizer.from_dict(plain) if "ranks" in plain else from_tokenizer_json(plain, folder)
     except FileNotFoundError:
         raise ValueError(f"there is no tokenizer in {path}: it holds neither tokenizer.json nor a checkpoint") from None
     except Exception as error:  # noqa: BLE001 - a damaged file can make tiktoken fail in any way
@@ -324,22 +373,44 @@ QWEN_PATTERN = GPT4_PATTERN.replace("{1,3}+", "")  # each digit on its own
 DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
 
 
-def from_tokenizer_json(plain: dict, name: str) -> Tokenizer:
-    """The tokenizer in the contents of a tokenizer.json. Only byte-level BPE is supported: raises ValueError, by name,
-    for what would change ids."""
-    pattern = published_pattern(plain)
-    special = {token["content"]: token["id"] for token in plain["added_tokens"]}
-    ends = [name for name in (END_OF_TEXT, "<|end_of_text|>") if name in special]  # the second is Llama 3's
-    if not ends:
+def from_tokenizer_json(plain: dict, folder: Path) -> Tokenizer:
+    """The tokenizer in the contents of a folder's tokenizer.json, with the template beside it. Only byte-level BPE is
+    supported: raises ValueError, by name, for what would change ids."""
+    pattern, added, special = published_pattern(plain), {}, {}
+    for token in plain["added_tokens"]:  # no text may inject the tokens of SPECIAL_TOKENS, whatever the file says
+        is_control = token["special"] or token["content"] in SPECIAL_TOKENS
+        (special if is_control else added)[token["content"]] = token["id"]
+    if not special.keys() & {END_OF_TEXT, LLAMA_END}:
         raise ValueError("it has no token that marks the end of a document")
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special}
+    vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special | added}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in plain["model"]["merges"]]
     merged = [vocab[left + right] for left, right in merges]
     if merged != sorted(merged):
         raise ValueError("its merges are not in the order of their ids, which tiktoken requires")
-    ranks = {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items()}
-    return Tokenizer.of(name, pattern, ranks, {END_OF_TEXT: special.pop(ends[0]), **special})
+    reached = {token for token in vocab if len(token) == 1}  # the library does not produce those that no merge leads to
+    reached.update(left + right for left, right in merges if {left, right} <= reached)
+    if len(reached) < len(vocab) and plain["model"].get("ignore_merges"):
+        raise ValueError("ignore_merges is not supported where no merges lead to some tokens")
+    ranks = {bytes(bytes_of[letter] for letter in token): vocab[token] for token in vocab if token in reached}
+    begin, template = published_beginning(plain, special), published_template(folder, special)
+    return Tokenizer.of(folder.name, pattern, ranks, special, added=added, begin=begin, template=template)
+
+
+def published_beginning(plain: dict, special: dict[str, int]) -> int | None:
+    """The token that the post-processor of a tokenizer.json puts before each text. Early files of Llama 3 lack theirs.
+    Raises ValueError for what else it may do to ids."""
+    last = plain.get("post_processor") or {"type": "ByteLevel"}
+    begin = special.get(LLAMA_BEGIN)
+    for step in last.get("processors", [last]):
+        match step:
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
+                begin = special[name]
+            case {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+                pass
+            case _:
+                raise ValueError(f"the post-processor {json.dumps(step)} is not supported")
+    return begin
 
 
 def published_pattern(plain: dict) -> str:
@@ -382,7 +453,7 @@ def byte_letters() -> dict[int, str]:
 
 def to_tokenizer_json(tokenizer: Tokenizer, begin: bool = False) -> dict:
     """The inverse of from_tokenizer_json: with this, Hugging Face's libraries produce the same ids, and with `begin`
-    <|endoftext|> before them."""
+    the token that begins a text before them."""
     letters = byte_letters()
     vocab = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
     # tiktoken merges any two neighbours that spell a token, so every way to split a token is a merge.
@@ -391,24 +462,61 @@ def to_tokenizer_json(tokenizer: Tokenizer, begin: bool = False) -> dict:
     # The regular expressions there (Oniguruma) read {1,3}+ as a repetition and $ as the end of a line.
     pattern = tokenizer.pattern.replace("}+", "}").replace("$", r"\z")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    first = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    named = {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text], "tokens": [END_OF_TEXT]}
+    name = next(name for name, token in tokenizer.special.items() if token == tokenizer.begin)
+    first, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    named = {name: {"id": name, "ids": [tokenizer.begin], "tokens": [name]}}
     template = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, first, text]}
+    added = tokenizer.special | tokenizer.added
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": token, "content": text, "special": True}
+            {"id": token, "content": text, "special": text in tokenizer.special}
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            for text, token in tokenizer.special.items()
+            for text, token in added.items()
         ],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level] if merges else [byte_level]},
-        "post_processor": template | {"special_tokens": {END_OF_TEXT: named}} if begin else None,
+        "post_processor": template | {"special_tokens": named} if begin else None,
         "decoder": byte_level,
-        # Control tokens stand here too: where they do not, the library gives them other ids than those above.
-        "model": {"type": "BPE", "vocab": vocab | tokenizer.special, "merges": merges},
+        # Added tokens stand here too: where they do not, the library gives them other ids than those above.
+        "model": {"type": "BPE", "vocab": vocab | added, "merges": merges},
     }
+
+
+def published_jinja(folder: Path) -> tuple[str | None, dict]:
+    """The chat template of a published model, if it has one, and the settings of its tokenizer."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    return file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template"), settings
+
+
+def published_template(folder: Path, special: dict[str, int]) -> Template | str | None:
+    """The template of a published model, or a sentence that tells why it cannot be used, or None if there is none. What
+    it asks for besides messages is fixed: Qwen3 answers without thinking, and Llama 3.2 is told no other day."""
+    source, settings = published_jinja(folder)
+    if source is None:
+        return None
+    contents = ["Be brief.", "Hi.", "Hello.", "2+2?", "Four."]
+    roles = ["system", *("user", "assistant") * 2]
+    fixed = {name: settings.get(name) for name in ("bos_token", "eos_token")}
+    fixed = {name: token["content"] if isinstance(token, dict) else token for name, token in fixed.items()}
+    for name, value in (fixed | {"enable_thinking": False, "date_string": "26 Jul 2024"}).items():
+        line = f"{{%- set {name} = {json.dumps(value)} -%}}\n"
+        if value is not None and name in source and line not in source:
+            source = line + source
+    try:
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+        Template(source, "").write(messages[1:2], ask=True)
+        text = Template(source, "").write(messages, ask=False)
+        places = [text.find(content) for content in contents]
+        after = text.partition(contents[-1])[2]
+        if -1 in places or places != sorted(places):
+            raise ValueError("it does not write all messages in their order")
+        if not (ends := [name for name in special if after.startswith(name)]):
+            raise ValueError(f"no control token ends an answer, but {after[:20]!r}")
+        return Template(source, max(ends, key=len))
+    except ValueError as error:
+        return f"the chat template of {folder.name} cannot be used: {error}"
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ class Config(GPTConfig):
     save_every: int = 200  # steps between checkpoints; an evaluation that is the best so far saves one too
     log_every: int = 20  # steps between lines of progress
     keep: int = 2  # newest checkpoints to keep, besides the best
-    # No flag: before a step, step x batch_tokens + shift tokens are drawn. Only a resume with other sizes changes it.
+    # No flags: the context that the model of --init has, which exports carry; and before a step, step x batch_tokens +
+    # shift tokens are drawn, where only a resume with other sizes changes the shift.
+    context: int | None = None
     shift: int = 0
 
     RANGES = {  # noqa: RUF012
@@ -385,7 +387,10 @@ def fine_tuning(given: dict, trained: dict) -> dict:
     theirs = {**model_settings(trained), "dropout": GPTConfig.dropout}
     shape, wanted = GPTConfig(**theirs), GPTConfig(**{**theirs, **model_settings(given)})
     check_shape(f"the model of --init {given['init']}", shape, wanted)
+    if shape.position == "learned" and wanted.seq_len > shape.seq_len:
+        fail(f"the model of --init {given['init']} has learned {shape.seq_len} positions: lower --seq_len to that")
     recipe = {**FINE_TUNING, "lr": trained.get("lr", PUBLISHED_LR), "seq_len": min(theirs["seq_len"], 1024)}
+    recipe["context"] = trained.get("context") or theirs["seq_len"]
     if "micro_batch" not in given:
         recipe["batch_tokens"] = None  # fine_tuning_batch() will choose
     return {**theirs, **recipe, **given}
@@ -583,7 +588,7 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
         windows = Conversations(shards[split], shards[f"{split}-mask"], config.seq_len, tokenizer.end_of_text)
         problem = f"has no conversation with an answer that ends within {config.seq_len} tokens: raise --seq_len"
     else:
-        windows = Windows(shards[split], config.seq_len, tokenizer.end_of_text if config.document_mask else None)
+        windows = Windows(shards[split], config.seq_len, tokenizer.begin if config.document_mask else None)
         n_tokens, in_both = windows.n_tokens, sum(map(len, shards["train"] + shards["val"]))
         advice = f"use --seq_len {1 << (n_tokens - 1).bit_length() - 1}, or add text" if n_tokens > 16 else "add text"
         if in_both > 11 * config.seq_len and split == "val":
@@ -1132,13 +1137,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def read_settings(path: str | Path) -> dict:
-    """The settings in a JSON file, except for a run's folder and its place in the data."""
+    """The settings in a JSON file, except for a run's folder and what it was given by its data and its --init."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         settings |= settings.pop("model", {})  # older files nest the settings of the model
     except (OSError, ValueError, AttributeError, TypeError) as error:
         fail(f"cannot read settings from {path}: {error}")
-    return {name: value for name, value in settings.items() if name not in ("out", "shift")}
+    return {name: value for name, value in settings.items() if name not in ("out", "shift", "context")}
 
 
 def build_config(given: dict) -> Config:

@@ -186,7 +186,8 @@ def test_a_combination_without_a_counterpart_is_named(switch, told, tmp_path):
     config = GPTConfig(**{**switch, "vocab_size": 61, "seq_len": 24})
     with pytest.raises(ValueError, match=told):
         save_published(tmp_path, config, models.GPT(config).state_dict())
-    assert not any(tmp_path.iterdir())
+    assert not any(tmp_path.iterdir()) and re.search(told, published.why_not_exportable(config))
+    assert published.why_not_exportable(GPTConfig(vocab_size=61)) is None
 
 
 # ---- the whole way: a run out, a published folder in

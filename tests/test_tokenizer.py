@@ -5,8 +5,10 @@ import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import regex
 import tiktoken
@@ -15,7 +17,8 @@ from conftest import words
 import model as models
 import prepare
 import published
-from tokenizer import BYTES, CHAT_TOKENS, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, MAX_CHUNK, Part, Tokenizer
+import sample
+from tokenizer import BYTES, CHAT_TOKENS, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, MAX_CHUNK, Part, Template, Tokenizer
 from tokenizer import byte_tokenizer, load_tokenizer, merge, named_tokenizer, to_tokenizer_json, train_bpe
 
 TRAINED = Tokenizer.of("bpe:400", GPT4_PATTERN, train_bpe(Counter(regex.findall(GPT4_PATTERN, words(3000))), 399))
@@ -102,6 +105,10 @@ def test_tokenizers_are_equal_that_give_equal_ids_and_one_extends_another_with_m
 
     fewer = like_trained(special={END_OF_TEXT: TRAINED.end_of_text})
     assert TRAINED.extends(fewer) and not fewer.extends(TRAINED) and TRAINED != fewer
+    for more in {"added": {"<think>": 402}}, {"begin": TRAINED.n_vocab - 1}, {"template": Template("", "x")}:
+        other = Tokenizer.of(TRAINED.name, GPT4_PATTERN, TRAINED.ranks, TRAINED.special, **more)
+        assert not other.extends(TRAINED) and not TRAINED.extends(other)
+        assert Tokenizer.from_dict(json.loads(json.dumps(other.to_dict()))) == other
     assert TRAINED == like_trained() == like_trained(f"(?:{GPT4_PATTERN})") != like_trained(GPT2_PATTERN)
     swapped = dict(zip(TRAINED.special, reversed(TRAINED.special.values())))
     other = {**TRAINED.ranks, b"zqx": TRAINED.ranks[(last := max(TRAINED.ranks, key=TRAINED.ranks.get))]}
@@ -172,13 +179,45 @@ def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
 
 @pytest.mark.parametrize("place", [0, 300, 399], ids=["first", "in the middle", "last"])
 def test_control_tokens_keep_their_ids_wherever_they_stand_in_the_vocabulary(tmp_path, place):
-    ranks = {token: rank + 3 * (rank >= place) for token, rank in TRAINED.ranks.items()}
-    ours = Tokenizer.of("moved", GPT4_PATTERN, ranks, {token: place + i for i, token in enumerate(TRAINED.special)})
+    """So do tokens that are found in any text, the longest first, and the one that begins a text."""
+    ranks = {token: rank + 5 * (rank >= place) for token, rank in TRAINED.ranks.items()}
+    special = {token: place + i for i, token in enumerate(TRAINED.special)}
+    added = {"<think>": place + 3, "<think>the": place + 4}
+    ours = Tokenizer.of("moved", GPT4_PATTERN, ranks, special, added=added, begin=place + 1)
     text = "<|im_start|>user\nthe small<|im_end|>\n<|endoftext|>model"
-    for begin in ([], [ours.end_of_text]):
+    for begin in ([], [ours.begin]):
         (tmp_path / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(ours, begin=bool(begin))))
-        assert theirs_in(tmp_path).encode(text).ids == begin + ours.encode(text, control=True).tolist()
-        assert load_tokenizer(tmp_path) == ours
+        theirs = theirs_in(tmp_path)
+        assert theirs.encode(text).ids == begin + ours.encode(text, control=True).tolist()
+        for found in ("the <think> small<think>the 12 <thin", "<think>"):
+            assert theirs.encode(found).ids == begin + ours.encode(found).tolist()
+    assert load_tokenizer(tmp_path) == ours and not {*ours.special.values()} & {*ours.encode(text).tolist()}
+
+
+def test_each_document_begins_with_the_token_that_begins_a_text(call, monkeypatch, tmp_path):
+    """As a prompt does. A document mask counts it to the document."""
+    special = {token: 256 + i for i, token in enumerate((END_OF_TEXT, "<|end_of_text|>", "<|begin_of_text|>"))}
+    del special[END_OF_TEXT]
+    published.save_published_tokenizer(tmp_path, Tokenizer.of("x", byte_tokenizer().pattern, BYTES, special, begin=258))
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"<think>{i}"}) for i in range(40)))
+    call(prepare, "t.jsonl", "--tokenizer", tmp_path, "--out", "set", "--val_fraction", 0.3)
+    meta, shards = prepare.load_dataset("set")
+    tokenizer, tokens = Tokenizer.from_dict(meta["tokenizer"]), np.concatenate(shards["train"])
+    documents = tokenizer.decode(tokens).split("<|end_of_text|><|begin_of_text|>")
+    assert {f"<think>{i}" for i in range(40)} > {*documents[:-1]} and len(documents) > 20 and not documents[-1]
+    prompts = Mock(return_value=[])
+    monkeypatch.setattr(sample, "continuations", prompts)
+    sample.write(None, tokenizer, "a", SimpleNamespace(n=2, tokens=1, stop=None))
+    sample.sample(Mock(), tokenizer, 0)
+    assert [call.args[2] for call in prompts.call_args_list] == [[258, ord("a")], [258]]
+
+
+@pytest.mark.parametrize("merges", ['"a b"', '"a a"', '"a a", "a b"'])
+def test_a_token_that_no_merge_leads_to_is_not_produced(tmp_path, merges):
+    textbook(tmp_path, f'{MERGES}, "aa ab"', f'{merges}, "aa ab"')
+    for text in ("aaabdaaabac", "aaab", "aa", "ab aab"):
+        ids = theirs_in(tmp_path).encode(text, add_special_tokens=False).ids
+        assert load_tokenizer(tmp_path).encode(text).tolist() == ids
 
 
 def textbook(folder: Path, old: str, new: str) -> None:
@@ -208,6 +247,8 @@ def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path):
     ('"version"', NORMALIZER % "Lowercase", "the normalizer Lowercase is not supported"),
     ("<|endoftext|>", "<|end|>", "no token that marks the end of a document"),
     (MERGES, '"a b", "a a"', "its merges are not in the order of their ids"),
+    (f'"merges": [{MERGES}', '"ignore_merges": true, "merges": ["a b"', "ignore_merges is not supported where"),
+    ('"single": [', '"single": [{"Sequence": {"id": "A", "type_id": 0}}, ', "the post-processor"),
 ])
 def test_what_would_change_ids_in_a_tokenizer_json_is_refused_by_name(refused, tmp_path, old, new, told):
     textbook(tmp_path, old, new)
