@@ -75,7 +75,7 @@ from checkpoint import held, newest_run, newest_whole, read_checkpoint, restore_
 from checkpoint import sum_over_ranks
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, empty_model, has_bfloat16, initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
-from published import load_source, tensors_at
+from published import load_source, tensors_at, why_not_exportable
 from sample import sample
 from tokenizer import Tokenizer
 
@@ -865,6 +865,8 @@ class Log(Console):
             "steps": f"{config.steps:,} of {config.batch_tokens:,} tokens: {sizes}",
             **self.machine.lines,
         }
+        if reason := why_not_exportable(config):
+            lines["export"] = f"not possible: {reason}"
         if n_epochs > 10:
             lines["warning"] = f"{n_epochs:.0f} epochs teach it the text by heart: give --epochs 10, or more text"
         self.line("\n".join(f"{name:8} {text}" for name, text in lines.items()))

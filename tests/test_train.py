@@ -620,6 +620,21 @@ def test_without_a_whole_json_a_checkpoint_does_not_exist(run, held):
     assert load_checkpoint(run)[0]["step"] == 15
 
 
+def test_checkpoints_of_earlier_versions_go_on(run, call):
+    """They were one file each, which the JSON named by itself, and the settings of the model were nested."""
+    state, path = state_of(run, 20), run / "step-00000020.pt"
+    shape = model_settings(state["config"])
+    nested = {name: value for name, value in state["config"].items() if name not in shape} | {"model": shape}
+    torch.save({**state, "config": nested}, run / "new")
+    (run / "new").replace(path)  # the tensors of `state` are still mapped to the old file
+    record = {"step": 20, "file": path.name, "bytes": path.stat().st_size, "sha256": prepare.sha256_of(path)}
+    path.with_suffix(".json").write_text(json.dumps(record))
+    (run / "best.json").write_text(json.dumps({**record, "val_loss": 0.5}))
+    assert_same(state_of(run, 20), state)
+    call(train, "--out", run, "--resume", "--steps", 21, "--keep", 1)
+    assert {path.name for path in run.glob("*.pt")} == {"step-00000020.pt", "step-00000021.pt"}  # the best, the newest
+
+
 def test_a_run_whose_every_checkpoint_is_damaged_stops(run, refused):
     for path in run.glob("*.pt"):
         damage(path, "half")
