@@ -37,6 +37,7 @@ RUNS = [  # shape, tokens in a step, device, number, published utilisation, publ
     ("megascale-175b", 768 * 2048, "A100", 256, 0.653, 768 * 2048 / 32.0),
     ("palm-540b", 2048 * 2048, "TPUv4", 6144, 0.462, 238.3e3),
     ("llama3-8b", 8 * 8192, "H100", 8, 0.390, 8 * 6667),  # TorchTitan, FSDP2 and compile
+    ("llama3-70b", 64 * 8192, "A100", 64, 0.517, 64 * 331),  # TorchTitan, FSDP2 and recomputation
 ]
 PRINTED: dict[tuple, str] = {}  # what a plan with some arguments printed
 
