@@ -124,7 +124,7 @@ def fill(tensor: Tensor, read: Callable[[range], Tensor]) -> None:
     sends them to those that hold the same rows of other copies: no rank ever has the whole model of --shard."""
     rows, group = range(len(tensor) if tensor.ndim else 0), None
     if mesh := getattr(tensor, "device_mesh", None):
-        rows = rows_of_part(len(tensor), mesh.get_local_rank("shard"), mesh["shard"].size())
+        rows = rows_of_part(len(tensor), mesh.get_local_rank("shard"), mesh.size(1))
         group = mesh.get_group("replicate")
     if dist.get_rank(group) == 0:
         held(tensor).copy_(read(rows))

@@ -247,7 +247,7 @@ def local_plan(given: dict) -> None:
 
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             parts["program"] = max(0.0, peak - sum(memory_parts(model, measured, config.shard).values()))
-        parts["checkpoint"] = checkpoint_bytes(model, config)  # a copy, for the thread that writes it
+        parts["checkpoint"] = checkpoint_bytes(model, config) / config.shard  # a copy, for the thread that writes it
     memory = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items())
     tokens, total = config.steps * config.batch_tokens, config.steps * seconds + evaluation
     print(f"plan for {config.preset} on this machine, processes: {dist.get_world_size()}, dtype: {config.dtype}")
