@@ -1085,7 +1085,9 @@ def from_all_ranks(value) -> list:
 
 def from_rank_0(value):
     """Rank 0's `value`, on every rank."""
-    return from_all_ranks(value)[0]
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def sum_over_ranks(*numbers: float) -> list[float]:
@@ -1101,11 +1103,13 @@ def any_rank(condition: bool) -> bool:
 
 def check_same(what: str, mine: dict) -> None:
     """Stop unless `mine` is the same on every rank."""
+    if not any_rank(repr(mine) != repr(from_rank_0(mine))):  # nan differs from itself, but not in its repr
+        return
     everyone = from_all_ranks(mine)
     for rank, theirs in enumerate(everyone):
         for name in sorted(everyone[0] | theirs):
             first, other = everyone[0].get(name), theirs.get(name)
-            if repr(other) != repr(first):  # nan differs from itself
+            if repr(other) != repr(first):
                 stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {other}, not {first}")
 
 
