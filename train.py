@@ -1055,6 +1055,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 def start_processes(timeout: float) -> dist.Store:
     """Join the process group: CPU tensors travel by gloo, GPU tensors by NCCL. Returns the store that the ranks share.
     Only rank 0 prints."""
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # or else each rank would connect to all others at once
     shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared_store and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":  # pytorch issue 135712: stale addresses
         fail("restarts by torchrun hang unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is in its environment: set it")
