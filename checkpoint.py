@@ -55,7 +55,9 @@ def from_all_ranks(value) -> list:
 
 def from_rank_0(value):
     """Rank 0's `value`, on every rank."""
-    return from_all_ranks(value)[0]
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def sum_over_ranks(*numbers: float) -> list[float]:
@@ -239,9 +241,14 @@ def clear_folder(run: Path, step: int, best_is_damaged: bool) -> None:
     checkpoints that were skipped get another name, until the next one is whole."""
     if best_is_damaged:
         (run / "best.json").unlink(missing_ok=True)  # so that the next evaluation counts as the best
+    named = set()
+    for record in run.glob(f"{CHECKPOINT}.json"):
+        try:
+            named |= {file["file"] for file in files_of(record)}
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: it may have named any file of its step
+            named |= {path.name for path in run.glob(f"{record.stem}*.pt")}
     for path in run.glob(f"{CHECKPOINT}.*"):
-        has_json = (run / f"{path.name[:13]}.json").exists()
-        if path.suffix == ".partial" or (path.suffix == ".pt" and not has_json):
+        if path.suffix == ".partial" or (path.suffix == ".pt" and path.name not in named):
             path.unlink()
         elif path.suffix in (".pt", ".json") and int(path.name[5:13]) > step:
             path.rename(f"{path}.damaged")

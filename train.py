@@ -1027,6 +1027,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 def start_processes(timeout: float) -> dist.Store:
     """Join the process group: CPU tensors travel by gloo, GPU tensors by NCCL. Returns the store that the ranks share.
     Only rank 0 prints."""
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # or else each rank would connect to all others at once
     shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared_store and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":  # pytorch issue 135712: stale addresses
         fail("restarts by torchrun hang unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is in its environment: set it")
@@ -1043,11 +1044,13 @@ def start_processes(timeout: float) -> dist.Store:
 
 def check_same(what: str, mine: dict) -> None:
     """Stop unless `mine` is the same on every rank."""
+    if any_rank(repr(mine) != repr(from_rank_0(mine))) == [False]:  # nan differs from itself, but not in its repr
+        return
     everyone = from_all_ranks(mine)
     for rank, theirs in enumerate(everyone):
         for name in sorted(everyone[0] | theirs):
             first, other = everyone[0].get(name), theirs.get(name)
-            if repr(other) != repr(first):  # nan differs from itself
+            if repr(other) != repr(first):
                 stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {other}, not {first}")
 
 

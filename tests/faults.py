@@ -220,6 +220,84 @@ def flaky_links(n: int) -> tuple[int, str]:
     return wrong, f"{n} runs over a link of 50 ms that loses 1%: {n - wrong} ended with the bits of one without it"
 
 
+def strays(run: str) -> list[Path]:
+    """Files of checkpoints that no JSON names."""
+    records = [json.loads(path.read_text()) for path in Path(run).glob("step-*.json")]
+    named = {part["file"] for record in records for part in record.get("parts", [record])}
+    return [path for path in Path(run).glob("step-*.pt*") if path.name not in named]
+
+
+def wait_for_save(process: subprocess.Popen, run: str, step: int) -> list[int]:
+    """Wait until a checkpoint after `step` is being written. Returns the process ids of the ranks."""
+    wait_for_step(process, run, step)
+    ranks = workers(process)
+    while process.poll() is None and not any(Path(run).glob("*.partial")):
+        pass
+    return ranks
+
+
+def killed_saves(n: int) -> tuple[int, str]:
+    """kill -9 one of two ranks that share a model in a save: the one before is whole, and what is left goes."""
+    flags = ["--shard", 2, "--steps", 10**6, "--save_every", 1, "--eval_every", 2]
+    lost = step = left = 0
+    for i in range(n):
+        process = start("--out", "parts", *flags, "--resume", torchrun=[])
+        os.kill(wait_for_save(process, "parts", step + 4)[i % 2], signal.SIGKILL)
+        process.communicate()
+        lost += newest("parts")["step"] < last_step("parts") - 3
+        newest("parts/best.json")  # raises ValueError if it is not whole
+        left += bool(strays("parts"))
+        step = newest("parts")["step"]
+    for run in ("parts", "whole"):
+        start("--out", run, *flags, "--resume", "--stop_at", step + 1, torchrun=[]).communicate()
+    equal = same(newest("parts"), newest("whole")) and not strays("parts")
+    told = f"{lost} checkpoints lost, {left} times files to remove; step {step + 1} bit for bit as without: {equal}"
+    return lost + (not equal), f"{n} ranks killed in a save: {told}"
+
+
+def full_disks(n: int) -> tuple[int, str]:
+    """One of two ranks that share a model cannot write: no checkpoint counts until it can."""
+    wrong = 0
+    for _ in range(n):
+        shutil.rmtree("full", ignore_errors=True)
+        process = start("--out", "full", "--shard", 2, "--steps", 10**6, "--save_every", 5, torchrun=[])
+        wait_for_step(process, "full", 12)
+        rank = workers(process)[1]  # not 0, which also writes the log
+        resource.prlimit(rank, resource.RLIMIT_FSIZE, (1000, -1))
+        wait_for_step(process, "full", (step := last_step("full")) + 20)
+        wrong += not 5 <= newest("full")["step"] <= step + 1
+        resource.prlimit(rank, resource.RLIMIT_FSIZE, (-1, -1))
+        wait_for_step(process, "full", last_step("full") + 10)
+        wrong += newest("full")["step"] <= step + 1
+        process.terminate()
+        process.communicate()
+        wrong += newest("full")["step"] != last_step("full") or bool(strays("full"))
+    return wrong, f"{n} disks that were full for one of two ranks: {wrong} checkpoints with a missing or torn part"
+
+
+def old_parts(n: int) -> tuple[int, str]:
+    """Stop one of two ranks in a save, go on without it, then let it finish: no part of another attempt counts."""
+    wrong, flags = 0, ["--out", "old", "--shard", 2, "--steps", 10**6, "--save_every", 1, "--resume", "--stop_at"]
+    for _ in range(n):
+        shutil.rmtree("old", ignore_errors=True)
+        process = start(*flags, 10**6, torchrun=[])
+        others, stopped = wait_for_save(process, "old", 5)
+        os.kill(stopped, signal.SIGSTOP)
+        for pid in (process.pid, others):
+            os.kill(pid, signal.SIGKILL)
+        stop_at = newest("old")["step"] + 5
+        start(*flags, stop_at, torchrun=[]).communicate()
+        state = newest("old")
+        for i, part in enumerate(Path("old").glob(f"step-{stop_at - 1:08d}*.pt"), 1):  # as if of the newest step
+            shutil.copy(part, f"old/step-{stop_at:08d}.{i}-of-2.0123abcd.pt")
+        os.kill(stopped, signal.SIGCONT)
+        process.communicate()  # which ends with the last that holds the pipe
+        wrong += state["step"] != stop_at or not same(newest("old"), state)
+        start(*flags, stop_at + 1, torchrun=[]).communicate()
+        wrong += newest("old")["step"] != stop_at + 1 or bool(strays("old"))
+    return wrong, f"{n} ranks that came back with parts of another attempt: {wrong} times one of them counted or stayed"
+
+
 def prepares(n: int) -> tuple[int, str]:
     """kill -9 prepare.py at random instants: no data set, or a whole one."""
     Path("long.txt").write_text(Path("text.txt").read_text() * 200)
@@ -309,6 +387,7 @@ def fuzz(n: int) -> tuple[int, str]:
 FAULTS = {
     "kill": (kills, 50), "resume": (resumes, 10), "flip": (flips, 100), "signal": (signals, 20),
     "rank": (killed_ranks, 3), "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3),
+    "save": (killed_saves, 10), "full": (full_disks, 3), "old": (old_parts, 3),
     "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
 }
 
