@@ -796,7 +796,7 @@ def test_real_tokenizers_give_text_the_ids_of_transformers(tmp_path, name):
         text = "".join(rng.choices(parts, k=rng.randrange(60)))
         assert theirs.encode(text).ids == [128000] * (name == "llama3") + ours.encode(text).tolist()
     assert len(ours.added) == {"qwen3": 12}.get(name, 0)
-    assert ours.begin == {"qwen3": 151643, "llama3": 128000, "smollm2": 0}[name]
+    assert load_tokenizer(REAL / name).begin == ours.begin == {"qwen3": 151643, "llama3": 128000, "smollm2": 0}[name]
 
 
 def test_a_real_chat_model_answers(call, capsys, monkeypatch):
