@@ -495,6 +495,8 @@ def published_template(folder: Path, special: dict[str, int]) -> Template | str 
     source, settings = published_jinja(folder)
     if source is None:
         return None
+    if isinstance(source, list):  # several, for several purposes
+        source = {each["name"]: each["template"] for each in source}["default"]
     contents = ["Be brief.", "Hi.", "Hello.", "2+2?", "Four."]
     roles = ["system", *("user", "assistant") * 2]
     fixed = {name: settings.get(name) for name in ("bos_token", "eos_token")}
