@@ -492,10 +492,12 @@ def published_jinja(folder: Path) -> tuple[str | None, dict]:
 
 def published_template(folder: Path, special: dict[str, int]) -> Template | str | None:
     """The template of a published model, or a sentence that tells why it cannot be used, or None if there is none. What
-    it asks for besides messages is fixed: Qwen3 answers without thinking, and Llama 3.2 is told no other day."""
+    it asks for besides messages is fixed: Qwen3 does not think first, and Llama 3.2 gets the date of its fallback."""
     source, settings = published_jinja(folder)
     if source is None:
         return None
+    if isinstance(source, list):  # several, for several purposes
+        source = {each["name"]: each["template"] for each in source}["default"]
     contents = ["Be brief.", "Hi.", "Hello.", "2+2?", "Four."]
     roles = ["system", *("user", "assistant") * 2]
     fixed = {name: settings.get(name) for name in ("bos_token", "eos_token")}

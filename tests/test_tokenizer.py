@@ -18,6 +18,7 @@ import model as models
 import prepare
 import published
 import sample
+import train
 from tokenizer import BYTES, CHAT_TOKENS, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, MAX_CHUNK, Part, Template, Tokenizer
 from tokenizer import byte_tokenizer, load_tokenizer, merge, named_tokenizer, to_tokenizer_json, train_bpe
 
@@ -199,12 +200,14 @@ def test_each_document_begins_with_the_token_that_begins_a_text(call, monkeypatc
     special = {token: 256 + i for i, token in enumerate((END_OF_TEXT, "<|end_of_text|>", "<|begin_of_text|>"))}
     del special[END_OF_TEXT]
     published.save_published_tokenizer(tmp_path, Tokenizer.of("x", byte_tokenizer().pattern, BYTES, special, begin=258))
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<|begin_of_text|>"
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"<think>{i}"}) for i in range(40)))
     call(prepare, "t.jsonl", "--tokenizer", tmp_path, "--out", "set", "--val_fraction", 0.3)
     meta, shards = prepare.load_dataset("set")
     tokenizer, tokens = Tokenizer.from_dict(meta["tokenizer"]), np.concatenate(shards["train"])
     documents = tokenizer.decode(tokens).split("<|end_of_text|><|begin_of_text|>")
     assert {f"<think>{i}" for i in range(40)} > {*documents[:-1]} and len(documents) > 20 and not documents[-1]
+    assert train.windows_of("train", shards, train.Config(document_mask=True), tokenizer, False).separator == 258
     prompts = Mock(return_value=[])
     monkeypatch.setattr(sample, "continuations", prompts)
     sample.write(None, tokenizer, "a", SimpleNamespace(n=2, tokens=1, stop=None))
@@ -230,10 +233,12 @@ def textbook(folder: Path, old: str, new: str) -> None:
 
 def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path):
     ways = [('"version"', NORMALIZER % "NFC"), (MERGES, '["a", "a"], ["a", "b"]'), ("<|endoftext|>", "<|end_of_text|>")]
+    ways += [('"<|im_end|>", "special": true', '"<|im_end|>", "special": false')]  # no text may inject it, all the same
     for old, new in ways:
         textbook(tmp_path, old, new)
         read = load_tokenizer(tmp_path)
         assert [*read.encode("aaabdaaabac"), read.end_of_text] == [258, ord("d"), 258, ord("a"), ord("c"), 259]
+        assert not read.added and read.template
 
 
 @pytest.mark.parametrize("old, new, told", [
