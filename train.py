@@ -728,7 +728,10 @@ def evaluate(model: GPT, data: Data, config: Config, machine: "Machine", watched
 
 def on_device(arrays: tuple, device: torch.device) -> list[Tensor | None]:
     """What Windows.get returns, as tensors on the device."""
-    return [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
+    tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda":  # from pinned memory, a copy does not wait for what the device computes
+        return [None if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return [None if t is None else t.to(device) for t in tensors]
 
 
 @torch.no_grad()
