@@ -716,10 +716,11 @@ def evaluate(model: GPT, data: Data, config: Config, machine: "Machine", watched
         inputs, targets, documents = on_device(data.get(indices[i : i + config.micro_batch]), machine.device)
         with machine.autocast:
             each = model(inputs, targets, documents, reduction="none")
-        losses.append(each.cpu().double().sum(1))  # mps has no float64
-        counts.append((targets != IGNORED).sum(1).cpu())
+        losses.append(each)
+        counts.append((targets != IGNORED).sum(1))
     model.train()
-    losses, counts = torch.cat(losses)[counted], torch.cat(counts)[counted]
+    losses = torch.cat(losses).cpu().double().sum(1)[counted]  # once, since it waits; mps has no float64
+    counts = torch.cat(counts).cpu()[counted]
     total, n_targets = sum_over_ranks(losses.sum(), counts.sum())
     mean = total / n_targets
     (squares,) = sum_over_ranks((losses - mean * counts).square().sum())
