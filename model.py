@@ -30,7 +30,7 @@ torch alone, so it can be copied into a notebook.
 import argparse
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Literal, Self, get_args, get_origin, get_type_hints
@@ -209,6 +209,15 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+def attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> Tensor:
+    """scaled_dot_product_attention, by the kernels that are fast on each device."""
+    if enable_gqa and attn_mask is not None and q.device.type == "cuda":  # no kernel there takes a mask and groups
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        enable_gqa = False
+    with torch.autocast("cpu", enabled=False):  # which would cast to bfloat16 what forward() has cast to float32
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
+
+
 def capped_attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa, cap: float) -> Tensor:
     """scaled_dot_product_attention with scores limited to (-cap, cap) before the mask (Gemma 2, Grok-1)."""
     if enable_gqa:  # each key and value serves a group of query heads
@@ -239,14 +248,15 @@ class Attention(nn.Module):
         self.query_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.key_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         cap = config.attention_cap
-        self.attend = partial(capped_attention, cap=cap) if cap else F.scaled_dot_product_attention
+        self.attend = partial(capped_attention, cap=cap) if cap else attention
 
     def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """`angles`: of rotary positions. `mask`: which tokens each token sees, by default all up to itself."""
         B, T, _ = x.shape
-        q = self.query(x).view(B, T, -1, self.head_dim)  # [B, T, H, D]
-        k = self.key(x).view(B, T, -1, self.head_dim)  # [B, T, K, D]
-        v = self.value(x).view(B, T, -1, self.head_dim)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if torch.is_autocast_enabled("cpu"):  # attention's backward pass in bfloat16 takes three times as long there
+            q, k, v = q.float(), k.float(), v.float()
+        q, k, v = (heads.view(B, T, -1, self.head_dim) for heads in (q, k, v))  # [B, T, H, D], twice [B, T, K, D]
         q, k, v = self.query_norm(q).transpose(1, 2), self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)  # [B, H, T, D], [B, K, T, D]
@@ -350,6 +360,38 @@ def initial_rows(config: GPTConfig, name: str, shape: torch.Size, rows: range, s
     return torch.cat(blocks)[rows.start % 128 :][: len(rows)]
 
 
+def token_losses(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy [N] in nats of each target [N], from the last norm's outputs x [N, C] and the head [V, C]."""
+    return F.cross_entropy(F.linear(x, head).float(), targets, reduction="none")
+
+
+def rows_at_once(device: str, vocab_size: int) -> int:
+    """Of how many tokens the logits exist together: they fit into a CPU's caches, or into a GB of an accelerator."""
+    return max(256, 2 ** (20 if device == "cpu" else 28) // vocab_size)
+
+
+class TotalLoss(torch.autograd.Function):
+    """The sum of token_losses. Takes its gradients at once, part by part, so that the logits of all tokens, which would
+    be the largest tensor of a model with a large vocabulary, never exist together."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, losses_of: Callable) -> Tensor:
+        rows = rows_at_once(x.device.type, len(head))
+        parts, head, total = x.detach().split(rows), head.detach().requires_grad_(), x.new_zeros(())
+        for part, answers in zip(parts, targets.split(rows)):
+            with torch.enable_grad():
+                loss = losses_of(part.requires_grad_(), head, answers).sum()
+            loss.backward()
+            total += loss.detach()
+        ctx.save_for_backward(torch.cat([part.grad for part in parts]), head.grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple:
+        dx, d_head = ctx.saved_tensors
+        return dx * scale, d_head * scale, None, None
+
+
 class GPT(nn.Module):
     """Maps tokens to the logits of the token after each of them: tokens [B, T] -> embeddings x [B, T, C] -> blocks, of
     which each adds to x -> norm -> head -> logits [B, T, V]. The rest of forward() is for packed documents and a
@@ -365,6 +407,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.token_losses = token_losses  # train.py may compile them
         self.tie_head()
         if not self.head.weight.is_meta:
             self.init_weights()
@@ -387,12 +430,13 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         cache: KVCache | None = None,
         only_last: bool = False,
+        reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
         """Return the logits [B, T, V] of the token after each of `tokens` [B, T], or after the last one only [B, 1, V].
-        With `targets` [B, T], return their mean cross-entropy in nats instead, in training plus the routers' losses; a
-        target of -100 does not count. `documents` [B, T] numbers the document of each token, in rising order: attention
-        and positions then stay inside a document. With a cache, `tokens` continue its sequence and are added to it.
-        Raises ValueError beyond S positions."""
+        With `targets` [B, T], return their mean cross-entropy in nats instead, in training plus the routers' losses, or
+        with reduction "none" that of each [B, T]; a target of -100 does not count. `documents` [B, T] numbers the
+        document of each token, in rising order: attention and positions then stay inside a document. With a cache,
+        `tokens` continue its sequence and are added to it. Raises ValueError beyond S positions."""
         B, T = tokens.shape
         start = cache.length if cache is not None else 0
         if (end := start + T) > self.config.seq_len:
@@ -418,12 +462,15 @@ class GPT(nn.Module):
             x = block(x, angles, mask, cache)
         if cache is not None:
             cache.tokens = so_far
-        logits = self.head(self.norm(x[:, -1:] if only_last else x))
-        if self.config.logit_scale != 1:  # at 1 it would only read and write all logits once more
-            logits = logits * self.config.logit_scale
+        x = self.norm(x[:, -1:] if only_last else x) * self.config.logit_scale  # [B, T, C], smaller than the logits
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.head(x)
+        x, head = x.flatten(0, 1), self.head.weight
+        if reduction == "none":
+            rows = rows_at_once(x.device.type, len(head))
+            parts = zip(x.split(rows), targets.flatten().split(rows))
+            return torch.cat([self.token_losses(part, head, answers) for part, answers in parts]).view_as(targets)
+        loss = TotalLoss.apply(x, head, targets.flatten(), self.token_losses) / (targets != -100).sum()
         if self.training:
             loss = loss + sum(layer.router_loss for layer in self.expert_layers())
         return loss

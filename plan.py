@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from model import GPT
+from model import GPT, rows_at_once
 from prepare import clock, fail, load_dataset, tolerate_streams
 from train import ACCELERATORS, Config, muon_matrices
 
@@ -76,7 +76,9 @@ def memory_parts(model: GPT, config: Config, shard: int) -> dict[str, float]:
         copies = 2 * size * block + (4 + autocast) * root
         whole = (4 + size) * block + 4 * root  # gradients of a block, before and in their reduction, and of the root
     activations = size * tokens * activations_per_token(config)
-    logits = (8 + size) * tokens * config.vocab_size  # logits, their softmax, their gradient
+    rows, head = min(tokens, rows_at_once("cuda", config.vocab_size)), 4 * config.vocab_size * config.n_embd
+    logits = (8 + size) * rows * config.vocab_size  # those of a part of the tokens, their softmax, their gradient
+    logits = head + max(logits, head)  # the head's gradient is known before the backward pass, which scales a copy
     if config.recompute:  # the blocks' inputs, and what one block needs beyond the space of the logits, free by then
         activations = 4 * tokens * config.n_layer * config.n_embd + max(0, activations / config.n_layer - logits)
     return {

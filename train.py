@@ -60,7 +60,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -612,6 +611,8 @@ def build_model(config: Config, machine: "Machine", read: Callable[..., Tensor])
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if machine.compile:  # one graph serves all dense blocks; FSDP2's work around each stays outside
             block.forward = torch.compile(block.forward)
+    if machine.compile and machine.device.type == "cuda":  # elsewhere it takes longer than short runs gain by it
+        model.token_losses = torch.compile(model.token_losses)
     if config.shard > 1:
         shard_model(model, config, machine.device)
     model.to_empty(device=machine.device)
@@ -780,12 +781,12 @@ def evaluate(model: GPT, data: Data, config: Config, machine: "Machine", watched
     for i in watched(range(0, share, config.micro_batch), "evaluation"):
         inputs, targets, documents = on_device(data.get(indices[i : i + config.micro_batch]), machine.device)
         with machine.autocast:
-            logits = model(inputs, documents=documents)
-        each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
-        losses.append(each.cpu().double().sum(1))  # mps has no float64
-        counts.append((targets != IGNORED).sum(1).cpu())
+            each = model(inputs, targets, documents, reduction="none")
+        losses.append(each)
+        counts.append((targets != IGNORED).sum(1))
     model.train()
-    losses, counts = torch.cat(losses)[counted], torch.cat(counts)[counted]
+    losses = torch.cat(losses).cpu().double().sum(1)[counted]  # once, since it waits; mps has no float64
+    counts = torch.cat(counts).cpu()[counted]
     total, n_targets = sum_over_ranks(losses.sum(), counts.sum())
     mean = total / n_targets
     (squares,) = sum_over_ranks((losses - mean * counts).square().sum())
@@ -794,7 +795,10 @@ def evaluate(model: GPT, data: Data, config: Config, machine: "Machine", watched
 
 def on_device(arrays: tuple, device: torch.device) -> list[Tensor | None]:
     """What Windows.get returns, as tensors on the device."""
-    return [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
+    tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda":  # from pinned memory, a copy does not wait for what the device computes
+        return [None if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return [None if t is None else t.to(device) for t in tensors]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ side by side, or set a measurement beside the limit or the prediction of the sam
     python tests/bench.py                          our own rows, about an hour on two cores
     python tests/bench.py --nanogpt DIR            beside a checkout of nanoGPT (its README's settings are for 3adf61e)
     python tests/bench.py --only quick start       some of them
+    python tests/bench.py --only gpu               the row for a machine with an accelerator
     python tests/bench.py --nanogpt DIR --plot tests/curve.png    a picture of held-out loss against seconds instead
 
 Rows about Shakespeare read data/shakespeare, which the README prepares.
@@ -167,6 +168,16 @@ print(256 / (time.perf_counter() - start))
 """
 
 
+def sampled(model: GPT, streams: int) -> float:
+    """Tokens per second, all streams together."""
+    tokens = generate(model, torch.zeros(streams, 16, dtype=torch.long, device=model.embedding.weight.device))
+    next(tokens)
+    start = time.perf_counter()
+    for ids in islice(tokens, 255):
+        ids.tolist()  # waits for an accelerator, as whoever prints them does
+    return 255 * streams / (time.perf_counter() - start)
+
+
 def sampling(nano) -> tuple[str, str, str]:
     """Sampling GPT-2 124M: 256 tokens after 16"""
     model = GPT(GPTConfig(**PRESETS["gpt2"])).eval()
@@ -182,12 +193,7 @@ def sampling(nano) -> tuple[str, str, str]:
     for kind, streams in (("float32", 1), ("float32", 8), ("int8", 1)):
         if kind == "int8":
             to_int8(model)
-        tokens = generate(model, torch.zeros(streams, 16, dtype=torch.long))
-        next(tokens)
-        start = time.perf_counter()
-        for _ in islice(tokens, 255):
-            pass
-        rates[kind, streams] = 255 * streams / (time.perf_counter() - start)
+        rates[kind, streams] = sampled(model, streams)
     one, eight, int8 = rates.values()
     told = f"{one:.1f} tokens/s, 8 streams {eight:.1f}; with --int8 {int8:.1f}"
     share = f"{one / limit:.0%} of the speed of reading its weights"
@@ -196,6 +202,31 @@ def sampling(nano) -> tuple[str, str, str]:
     theirs = float(watch([sys.executable, "-c", NANO_SAMPLES], nano.folder)[0][-1][1])
     ratios = f"{one / theirs:.1f} x, 8 streams {eight / theirs:.1f} x; with --int8 {int8 / theirs:.1f} x; {share}"
     return f"{theirs:.1f} tokens/s", told, ratios
+
+
+def gpu(nano) -> tuple[str, str, str]:
+    """GPT-2 124M on an accelerator in bfloat16, compiled: training, and sampling; then Shakespeare to 1.4697"""
+    if not torch.accelerator.is_available():
+        sys.exit("the row gpu needs an accelerator, and torch finds none here")
+    shape = "--preset gpt2 --data data/stdlib --dtype bfloat16 --compile --micro_batch 32 --steps 12".split()
+    rows = ours(*shape, *QUIET[:-1], 1)[0]
+    reached, shares = speed(rows), [row["mfu"] for row in rows if "mfu" in row]
+    share = f"{statistics.median(shares):.0%} of the peak" if shares else "peak unknown"
+    device = torch.accelerator.current_accelerator()
+    model = GPT(GPTConfig(**PRESETS["gpt2"])).to(device, torch.bfloat16).eval()
+    one, eight = sampled(model, 1), sampled(model, 8)
+    told = f"{reached:,.0f} tokens/s; sampling {one:.0f}, 8 streams {eight:.0f}; {to_loss(*THREE_MINUTES.split())[1]}"
+    if not nano:
+        return "", told, share
+    (folder := nano.folder / "data/random").mkdir()
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 50257, 10**7).astype(np.uint16).tofile(folder / f"{split}.bin")
+    how = "--dataset=random --wandb_log=False --eval_iters=1 --log_interval=1 --max_iters=12 --batch_size=32"
+    how += f" --gradient_accumulation_steps=16 --block_size=1024 --device={device.type}"
+    lines, _ = watch([sys.executable, "train.py", *how.split()], nano.folder)
+    times = [float(found[1]) / 1000 for _, line in lines if (found := re.search(r"time ([\d.]+)ms", line))]
+    theirs = 524_288 / statistics.median(times[2:])
+    return f"{theirs:,.0f} tokens/s", told, f"{reached / theirs:.2f} x; {share}"
 
 
 def start(nano) -> tuple[str, str, str]:
@@ -250,7 +281,7 @@ def checkpoint(nano) -> tuple[str, str, str]:
 
 
 ROWS = {row.__name__: row for row in (
-    start, quick, throughput, sampling, network, checkpoint, minutes, shakespeare,
+    start, quick, throughput, sampling, network, checkpoint, minutes, shakespeare, gpu,
 )}
 
 
@@ -276,7 +307,7 @@ def plot(path: Path, nano: NanoGPT) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows (all)")
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS)[:-1], help="rows (all but gpu)")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT to run beside ours")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw curves (needs matplotlib, --nanogpt)")
     args = parser.parse_args()

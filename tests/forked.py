@@ -10,6 +10,12 @@ from pathlib import Path
 import torch
 import torch._dynamo  # every optimizer imports it
 
+# Tests compare bits, so they run on the CPU wherever they run: in this process, in those forked from it, and in those
+# that are started. Only test_gpu.py uses the accelerator, with the environment as it was.
+ACCELERATOR, ENVIRONMENT = torch.accelerator.current_accelerator(check_available=True), dict(os.environ)
+torch.accelerator.current_accelerator, torch.cuda.is_available = lambda *_, **__: None, lambda: False
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

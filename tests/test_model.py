@@ -146,10 +146,23 @@ def test_one_batch_is_learned_by_heart(kind):
     assert loss.item() < 0.2  # below 4.1 for a guess; the first token of a sequence alone can't be known for sure
 
 
-def test_loss_is_the_mean_cross_entropy_of_the_logits():
-    model, tokens, targets = make("today"), random_tokens(2, 24), random_tokens(2, 24) // 2
-    expected = -model(tokens).log_softmax(-1).gather(-1, targets[..., None]).mean()
-    torch.testing.assert_close(model(tokens, targets), expected)
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows", [7, 100])
+@pytest.mark.parametrize("kind", ["today", "grok"])  # grok: a tied head, a scale of its logits
+def test_loss_and_gradients_are_those_of_the_mean_cross_entropy(kind, rows, dtype, tolerance, monkeypatch):
+    """However many tokens are taken at once, with two thirds of the targets counted."""
+    monkeypatch.setattr(models, "rows_at_once", lambda *_: rows)
+    model, tokens = make(kind, std=0.1), random_tokens(2, 24)
+    counted = tokens % 3 > 0
+    targets = torch.where(counted, tokens // 2, -100)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        logs = model(tokens).float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        each, loss = model(tokens, targets, reduction="none"), model(tokens, targets)
+    torch.testing.assert_close(each, torch.where(counted, -logs, 0.0))
+    torch.testing.assert_close(loss, mean := -logs[counted].mean())
+    expected, actual = (torch.autograd.grad(0.5 * value, [*model.parameters()]) for value in (mean, loss))
+    for a, b in zip(expected, actual):
+        assert (a - b).norm() <= tolerance * a.norm()
 
 
 RELEASED = {  # parameters, layers, channels of all keys in a layer, and active parameters where they are fewer
