@@ -150,9 +150,8 @@ class NewDataset:
         self.partial = self.out.with_name(self.out.name + ".partial")
         if foreign := [path for path in self.partial.glob("*") if not regex.fullmatch(OUR_FILES, path.name)]:
             fail(f"{self.partial} is needed for unfinished data, but it holds {foreign[0].name}: choose another --out")
-        self.val_fraction = val_fraction
-        if val_fraction is None:
-            self.val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
+        default = 0.01 if inputs else 0.05  # the default corpus is small
+        self.val_fraction = default if val_fraction is None else val_fraction
         if not 0 < self.val_fraction < 1:
             fail(f"--val_fraction {val_fraction} is not between 0 and 1")
         self.tokenizer = named_tokenizer(tokenizer)  # for bpe:N the number N, until write() trains it
@@ -189,9 +188,8 @@ class NewDataset:
         self.skipped.say()
         for split, change in (("train", "lower"), ("val", "raise")):
             if not splits[split]["tokens"]:
-                kind = "conversation" if self.chat else "document"
-                reason = f"no {kind} of {n_documents:,} fell into the {split} split"
-                fail(f"{reason}: add some that begin otherwise, or {change} --val_fraction")
+                none = f"none of {n_documents:,} {'conversations' if self.chat else 'documents'}"
+                fail(f"{none} fell into the {split} split: add some that begin otherwise, or {change} --val_fraction")
         meta = {"tokenizer": self.tokenizer.to_dict(self.chat), "vocab_size": self.tokenizer.n_vocab, **splits}
         write_json(self.partial / "meta.json", meta | {"sources": self.sources})
         return splits
