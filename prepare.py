@@ -791,7 +791,7 @@ def main() -> None:
     add("--out", help="folder for the data set (data/NAME, from the first input's name)")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help="byte, bpe:N, a tiktoken name or a model's folder (%(default)s)")
     add("--val_fraction", type=float, help="fraction of the text to hold out (0.01; 0.05 of the default corpus)")
-    add("--val_tail", action="store_true", help="hold out the end of each document (always, if it is a single file)")
+    add("--val_tail", action="store_true", help="hold out the end of each document (always, if there are few)")
     add("--field", default="text", help="field that holds the text of a record (%(default)s)")
     args = parser.parse_args()
     args.out = args.out if args.out is not None else default_out(args.inputs, "stdlib")
