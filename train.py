@@ -491,8 +491,9 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     if is_chat and config.init:
         vocab_size = max(vocab_size, n_used)  # first_weights adds rows for the control tokens of conversations
     if vocab_size < n_used:
-        sizes = f"a vocabulary of {vocab_size:,} is too small for text of {config.data}, which needs {n_used:,} tokens"
-        fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
+        used = f"text of {config.data} uses {n_used:,} of its tokenizer's {meta['vocab_size']:,} tokens"
+        advice = f"leave --vocab_size out, or prepare {config.data} with the model's tokenizer"
+        fail(f"a vocabulary of {vocab_size:,} is too small, since {used}: {advice}")
     return config.changed(steps=steps, vocab_size=vocab_size), meta, train_data, val_data
 
 

@@ -137,7 +137,7 @@ def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_pat
         "answers depend on images, tool_calls; one has the keys question, answer, tool_calls, images (2)",
         "a history that is no list of [question, answer]",
         "not used: key mood in 60 records, key tone in 60 records\n",
-        "read as ordinary characters: <|im_end|> in 60 documents (",
+        "read as ordinary characters: <|im_end|> (60); for",
         "records that are not valid JSON",
         "book.txt: not a file of conversations",
     ):
