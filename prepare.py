@@ -378,13 +378,11 @@ def records(path: Path, field: str | None, skipped: Skipped) -> Iterator[object]
         skipped.record(path, f"unreadable from some record on ({error})")
 
 
-def split_pieces(
-    files: list[Path], field: str, val_fraction: float, val_tail: bool, skipped: Skipped
-) -> Iterator[Piece]:
-    """Yield all text, piece by piece. Whole documents are held out, or with `val_tail` the end of each document."""
+def split_pieces(files: list[Path], field: str, val_fraction: float, tail: bool, skipped: Skipped) -> Iterator[Piece]:
+    """Yield all text, piece by piece. Whole documents are held out, or with `tail` the end of each document."""
     for path in files:
         for stream, size in documents(path, field, skipped):
-            if val_tail:
+            if tail:
                 cut = int(size * (1 - val_fraction))
                 stream.seek(cut)
                 after = stream.read(3)
