@@ -151,9 +151,8 @@ class NewDataset:
         self.partial = self.out.with_name(self.out.name + ".partial")
         if foreign := [path for path in self.partial.glob("*") if not regex.fullmatch(OUR_FILES, path.name)]:
             fail(f"{self.partial} is needed for unfinished data, but it holds {foreign[0].name}: choose another --out")
-        self.val_fraction = val_fraction
-        if val_fraction is None:
-            self.val_fraction = 0.01 if inputs else 0.05  # the default corpus is small
+        default = 0.01 if inputs else 0.05  # the default corpus is small
+        self.val_fraction = default if val_fraction is None else val_fraction
         if not 0 < self.val_fraction < 1:
             fail(f"--val_fraction {val_fraction} is not between 0 and 1")
         self.tokenizer = named_tokenizer(tokenizer)  # for bpe:N the number N, until write() trains it
@@ -192,9 +191,8 @@ class NewDataset:
         self.skipped.say()
         for split, change in (("train", "lower"), ("val", "raise")):
             if not splits[split]["tokens"]:
-                kind = "conversation" if self.chat else "document"
-                reason = f"no {kind} of {n_documents:,} fell into the {split} split"
-                fail(f"{reason}: add some that begin otherwise, or {change} --val_fraction")
+                none = f"none of {n_documents:,} {'conversations' if self.chat else 'documents'}"
+                fail(f"{none} fell into the {split} split: add some that begin otherwise, or {change} --val_fraction")
         meta = {"tokenizer": self.tokenizer.to_dict(self.chat), "vocab_size": self.tokenizer.n_vocab, **splits}
         write_json(self.partial / "meta.json", meta | {"sources": self.sources})
         return splits
@@ -383,13 +381,11 @@ def records(path: Path, field: str | None, skipped: Skipped) -> Iterator[object]
         skipped.record(path, f"unreadable from some record on ({error})")
 
 
-def split_pieces(
-    files: list[Path], field: str, val_fraction: float, val_tail: bool, skipped: Skipped
-) -> Iterator[Piece]:
-    """Yield all text, piece by piece. Whole documents are held out, or with `val_tail` the end of each document."""
+def split_pieces(files: list[Path], field: str, val_fraction: float, tail: bool, skipped: Skipped) -> Iterator[Piece]:
+    """Yield all text, piece by piece. Whole documents are held out, or with `tail` the end of each document."""
     for path in files:
         for stream, size in documents(path, field, skipped):
-            if val_tail:
+            if tail:
                 cut = int(size * (1 - val_fraction))
                 stream.seek(cut)
                 after = stream.read(3)
@@ -813,7 +809,7 @@ def main() -> None:
     add("--out", help="folder for the data set (data/NAME, from the first input's name)")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help="byte, bpe:N, a tiktoken name or a model's folder (%(default)s)")
     add("--val_fraction", type=float, help="fraction of the text to hold out (0.01; 0.05 of the default corpus)")
-    add("--val_tail", action="store_true", help="hold out the end of each document (always, if it is a single file)")
+    add("--val_tail", action="store_true", help="hold out the end of each document (always, if there are few)")
     add("--field", default="text", help="field that holds the text of a record (%(default)s)")
     args = parser.parse_args()
     args.out = args.out if args.out is not None else default_out(args.inputs, "stdlib")

@@ -15,9 +15,11 @@ from weights and optimizer state, the number of steps done is a run's only state
 step depend on the seed and that number alone, so that a resumed run gives the same bits as one that was never stopped.
 Several processes train one model on the same batches, and any number of them can resume any run. The README has the
 commands for several nodes and for restarts after faults; these start two nodes of eight GPUs under Slurm, with five
-minutes to save before the job ends:
+minutes to save before the job ends. Submit the job again to continue. A job that was preempted does so by itself, but
+torchrun ends with status 1 after a signal, so that Slurm calls a job failed although all is saved:
 
-    #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64 --signal=USR1@300
+    #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
+    #SBATCH --time=24:00:00 --signal=USR1@300 --requeue --open-mode=append
     HOST=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)
     srun --cpus-per-task=64 torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29400 \\
         --rdzv-id=$SLURM_JOB_ID --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=280 \\
@@ -538,8 +540,9 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     if is_chat and config.init:
         vocab_size = max(vocab_size, n_used)  # first_weights adds rows for the control tokens of conversations
     if vocab_size < n_used:
-        sizes = f"a vocabulary of {vocab_size:,} is too small for text of {config.data}, which needs {n_used:,} tokens"
-        fail(f"{sizes}: leave --vocab_size out, or prepare {config.data} with the model's tokenizer")
+        used = f"text of {config.data} uses {n_used:,} of its tokenizer's {meta['vocab_size']:,} tokens"
+        advice = f"leave --vocab_size out, or prepare {config.data} with the model's tokenizer"
+        fail(f"a vocabulary of {vocab_size:,} is too small, since {used}: {advice}")
     return config.changed(steps=steps, vocab_size=vocab_size), meta, train_data, val_data
 
 

@@ -138,7 +138,7 @@ def test_records_that_cannot_be_used_are_counted_and_named(call, capsys, tmp_pat
         "answers depend on images, tool_calls; one has the keys question, answer, tool_calls, images (2)",
         "a history that is no list of [question, answer]",
         "not used: key mood in 60 records, key tone in 60 records\n",
-        "read as ordinary characters: <|im_end|> (60)",
+        "read as ordinary characters: <|im_end|> (60); for",
         "records that are not valid JSON",
         "book.txt: not a file of conversations",
     ):
@@ -708,7 +708,7 @@ def test_a_model_that_never_saw_a_conversation_says_so(call, capsys, monkeypatch
 def test_a_chat_that_cannot_be_is_refused(refused, chat_run, tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps(talk("a", "b")))
     told = refused(chat, "--prepare", "one.jsonl", "--tokenizer", "byte")
-    assert "no conversation of 1 fell into the val split: add" in told
+    assert "none of 1 conversations fell into the val split: add" in told
     old = ROOT / "tests" / "golden" / "run-2026-11"
     assert "has no tokens for conversations" in refused(chat, old)
     assert "unrecognized arguments: --prompt x" in refused(chat, chat_run, "--prompt", "x")
