@@ -214,8 +214,9 @@ def test_the_readme_shows_what_the_plan_prints(call, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     flags, shown = re.search(r"\n\$ python \w+\.py (.* --gpus .*)\n((?:.*\n)+?)\.\.\.\n", readme).groups()
     assert set(shown.splitlines()) <= set(plan_of(call, capsys, *flags.split()).splitlines())
-    more, told = re.search(r"with `(--recompute --shard \d+)` memory comes to ([\d.]+) GB", readme).groups()
-    assert figures(plan_of(call, capsys, *flags.split(), *more.split()))["memory"][0] == float(told)
+    flags, *told = re.search(r"`(--preset grok-1 .*?)`.*? ([\d.]+) of 80 GB .*? ([\d.]+)% of the time", readme).groups()
+    seen = figures(plan_of(call, capsys, *flags.split()))
+    assert [seen["memory"][0], seen["failures"][2]] == [float(number) for number in told]
 
 
 def test_a_plan_for_this_machine_leaves_no_trace_and_comes_close(call, capsys, data, tmp_path):
