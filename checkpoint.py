@@ -166,11 +166,11 @@ def commit(run: Path, step: int, parts: list[dict], keep: int, best_loss: float 
 
 class Saver:
     """Writes the checkpoints of a run while training continues: each rank of the first copy of the model its part, in a
-    thread, then rank 0 the JSON. `config` is that of train.py, `meta` the meta.json of the data set. Calls verify()
-    before each save, which stops all ranks if the data set is damaged."""
+    thread, then rank 0 the JSON. `config` and `verification` are those of train.py, `meta` is the data's meta.json."""
 
-    def __init__(self, config, meta: dict, model: nn.Module, optimizers: list, log: Console, verify: Callable):
-        self.config, self.meta, self.optimizers, self.log, self.verify = config, meta, optimizers, log, verify
+    def __init__(self, config, meta: dict, model: nn.Module, optimizers: list, log: Console, verification):
+        self.config, self.meta, self.optimizers, self.log = config, meta, optimizers, log
+        self.verification = verification
         self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
         self.thread, self.writing = futures.ThreadPoolExecutor(1), None
         self.pending = None  # the step that is being saved, and its val_loss if it is the best so far
@@ -181,7 +181,7 @@ class Saver:
         """Begin to save the state after `step` steps; `best_loss` marks it as the best so far. Training waits only for
         the previous save and for a copy of the state in main memory."""
         start, config = time.monotonic(), self.config
-        self.verify()
+        self.verification.check(wait=True)
         self.best_loss = self.best_loss if best_loss is None else best_loss
         if problem := self.wait():
             self.log.line(f"{problem}; trying again")

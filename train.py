@@ -31,7 +31,7 @@ Read train() and backward() first. The sections after them follow in the order i
 import gc
 
 if __name__ == "__main__":
-    gc.disable()  # until training begins: a search for garbage among what torch imports takes half a second
+    gc.disable()  # until main() begins: a search for garbage among what torch imports takes half a second
 
 import argparse
 import contextlib
@@ -189,9 +189,7 @@ def train(given: dict, resume: bool) -> None:
     config = open_folder(config, meta, step)  # the last change to the config
     log = Log(config, machine, model, step, started)
     log.header(train_data, val_data)
-    saver = Saver(config, meta, model, optimizers, log, partial(verification.check, wait=True))
-    stop = Stop(parent, log)
-    gc.enable()  # it was off while torch was imported
+    saver, stop = Saver(config, meta, model, optimizers, log, verification), Stop(parent, log)
     n_skipped, saved, stopping, finished = 0, step, False, False
     with contextlib.suppress(KeyboardInterrupt):  # of stop.watched: the step is not applied, an evaluation not logged
         if step == 0 and config.init:  # where fine-tuning starts
@@ -1225,4 +1223,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     gc.freeze()  # what has been imported is no garbage
+    gc.enable()
     main()

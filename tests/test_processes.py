@@ -151,7 +151,7 @@ RESAVE = """
         config = config.changed(out=str(int(config.out) + 1))
         os.makedirs(config.out, exist_ok=True)
         log = train.Log(config, machine, model, step, 0.0)
-        saver = train.Saver(config, meta, model, optimizers, log, verify=lambda: None)
+        saver = train.Saver(config, meta, model, optimizers, log, train.Verification(config.data, meta))
         saver.save(step)
         assert saver.wait() is None
     train.train = resave
