@@ -4,8 +4,10 @@ import io
 import os
 import random
 import re
+import select
 import subprocess
 import sys
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -144,14 +146,21 @@ def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, start_new_session=True, **streams)
     os.close(child)
     paste = b"\033[200~one\n\ntwo\033[201~\r" if how == "xterm" else b"one\n\ntwo\n"
-    shown = b""
-    for typed in (paste, b"give up\3", b"again\n", b"exit\n"):
-        while not shown.endswith(b"> "):
-            shown += os.read(terminal, 1000)
-        shown += b"|"
-        os.write(terminal, typed)
-    assert process.wait() == 0
-    os.close(terminal)
+    shown, end = b"", time.monotonic() + 60
+    try:
+        for typed in (paste, b"give up\3", b"again\n", b"exit\n"):
+            while not shown.endswith(b"> "):
+                if select.select([terminal], [], [], 1)[0]:
+                    shown += os.read(terminal, 1000)
+                elif shown.endswith(b"\3"):  # which came before the program waited for it
+                    os.write(terminal, b"\3")
+                assert time.monotonic() < end, shown
+            shown += typed
+            os.write(terminal, typed)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
     assert re.findall("< (.*?) >", shown.decode()) == [repr("one\n\ntwo"), "'again'"]
 
 
