@@ -47,7 +47,7 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
         return load_checkpoint(path)
     try:
         config, weights = load_published(folder)
-        chat = has_chat_template(folder)
+        chat = published_jinja(folder)[0] is not None
     except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load {folder}: {reason}") from error
@@ -61,10 +61,6 @@ def tensors_at(source: Path) -> dict[str, Tensors]:
     if source.suffix == ".json":
         return tensors_of(source)
     return {"model": Tensors("model", [cache(lambda: {"model": load_published(source)[1]})])}
-
-
-def has_chat_template(folder: Path) -> bool:
-    return published_jinja(folder)[0] is not None
 
 
 class Loaded(NamedTuple):
@@ -497,10 +493,11 @@ def export(target: Path, run: Path, half: bool = False) -> None:
             fail(f"{target} is not an empty folder or a new .gguf file: choose another name to export to")
         state, record = load_checkpoint(run)
     try:
-        config, tokenizer = GPTConfig(**model_settings(state["config"])), Tokenizer.from_dict(state["tokenizer"])
+        config, chat = GPTConfig(**model_settings(state["config"])), state["tokenizer"].get("chat", False)
+        tokenizer = Tokenizer.from_dict(state["tokenizer"])
+        tokenizer = tokenizer.for_chat() if chat else tokenizer
         if config.position == "rope":  # fine-tuning with a shorter --seq_len does not shorten the context
             config = config.changed(seq_len=max(config.seq_len, state["config"].get("context") or 0))
-        chat = state["tokenizer"].get("chat", False)
         if is_gguf:
             save_gguf(partial, config, state["model"], tokenizer, chat, half)
             partial.replace(target)
