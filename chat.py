@@ -64,7 +64,7 @@ def parts_of(template: Template, messages: list[Message], ask: bool = False) -> 
     """The text of a conversation in parts that are encoded one by one: control tokens count in the template's parts
     only, so that no message can inject one. `ask` adds the beginning of the next answer. Raises ValueError if the
     template refuses the conversation."""
-    texts, marked = [], []  # the template is given marks, and what it writes is cut at them
+    texts, marked = [], []  # the template is given marks in place of texts, and what it writes is cut at them
     for message in messages:
         answers = message["role"] == "assistant"
         # The blanks that an answer begins with may be the indentation of code.
@@ -392,7 +392,8 @@ def pack(lengths: np.ndarray, size: int) -> np.ndarray:
     """Pack items into rows by best fit: the longest first, each into the fullest row that has room for it. Returns the
     row of each item: pack([3, 5, 1, 2], 6) -> [1, 0, 0, 1]"""
     rows = np.empty(len(lengths), np.int64)
-    rooms, having = [size], defaultdict(list, {size: [0]})  # sorted, and the rows that have each, the first on top
+    rooms = [size]  # that rows have left, sorted
+    having = defaultdict(list, {size: [0]})  # each of these rooms: a heap of the rows that have it
     for item in np.argsort(-lengths, kind="stable").tolist():
         room = rooms[at := bisect_left(rooms, lengths[item])]
         rows[item] = row = heappop(having[room])
@@ -488,7 +489,8 @@ def main() -> None:
     tolerate_streams()
     sys.stdout.reconfigure(encoding="utf-8")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.allow_abbrev, add = False, parser.add_argument  # --prep would not be seen in the next lines
+    parser.allow_abbrev = False  # --prep would not be seen in the next lines
+    add = parser.add_argument
     add("--prepare", action="store_true", help="make a data set; with --help: the flags for that")
     if "--prepare" in sys.argv[1:]:
         add("inputs", nargs="*", metavar="INPUT", help="conversations (default: questions about Python's library)")

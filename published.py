@@ -386,8 +386,8 @@ GGUF_MODULES = {
     "norm": "output_norm",
     "head": "output",
 }
-GGUF_PATTERNS = {"llama-bpe": GPT4_PATTERN, "gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN, "qwen2": QWEN_PATTERN}
 GGUF_GPT2 = {f"blocks.*.attention.{name}": "blk.*.attn_qkv" for name in ("query", "key", "value")}  # stacked in one
+GGUF_PATTERNS = {"llama-bpe": GPT4_PATTERN, "gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN, "qwen2": QWEN_PATTERN}
 NORMAL, CONTROL, IN_TEXT, UNUSED = 1, 3, 4, 5  # kinds of tokens there
 
 

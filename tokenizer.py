@@ -391,7 +391,8 @@ def published_pattern(plain: dict) -> str:
     steps = first.get("pretokenizers", [first])  # a sequence of steps, or one step on its own
     if model["type"] != "BPE" or "ByteLevel" not in [step.get("type") for step in steps]:
         raise ValueError("it is not byte-level BPE, the only kind that is supported")
-    if (normalizer := (plain.get("normalizer") or {"type": "NFC"})["type"]) != "NFC":  # nearly all text is in NFC
+    normalizer = (plain.get("normalizer") or {"type": "NFC"})["type"]
+    if normalizer != "NFC":  # which nearly all text is in
         raise ValueError(f"the normalizer {normalizer} is not supported")
     refused = "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback lstrip rstrip single_word"
     for settings in (model, *plain["added_tokens"]):
