@@ -276,11 +276,8 @@ MAX_CHUNK = 256  # characters
 
 
 def named_tokenizer(name: str) -> Tokenizer | int:
-    """The tokenizer that --tokenizer names, or for "bpe:N" the vocabulary size N of the one to train.
-
-    "byte" and "bpe:N" need no download. Other names ("gpt2", "cl100k_base", ...) are tiktoken's, which downloads the
-    tokenizer once. Raises ValueError, in a sentence, for what there is not.
-    """
+    """The tokenizer that --tokenizer names, or for "bpe:N" the vocabulary size N of the one to train. Names of
+    tiktoken's are downloaded once. Raises ValueError, in a sentence, for what there is not."""
     if name == "byte":
         return byte_tokenizer()
     n_least = len(BYTES) + len(SPECIAL_TOKENS)
