@@ -64,7 +64,7 @@ def parts_of(template: Template, messages: list[Message], ask: bool = False) -> 
     """The text of a conversation in parts that are encoded one by one: control tokens count in the template's parts
     only, so that no message can inject one. `ask` adds the beginning of the next answer. Raises ValueError if the
     template refuses the conversation."""
-    texts, marked = [], []  # the template is given marks, and what it writes is cut at them
+    texts, marked = [], []  # the template is given marks in place of texts, and what it writes is cut at them
     for message in messages:
         answers = message["role"] == "assistant"
         # The blanks that an answer begins with may be the indentation of code.
@@ -154,18 +154,14 @@ def conversations(files: list[Path], val_fraction: float, template: Template, sk
             except ValueError as reason:
                 skipped.record(path, str(reason), record)
                 continue
-            texts = [part.text for part in parts if not part.control], [message["content"] for message in messages]
-            kept, said = (len(regex.sub(r"\s|</?think>", "", "".join(each))) for each in texts)
-            if kept < said:
+            written, said = (part.text for part in parts if not part.control), (turn["content"] for turn in messages)
+            n_written, n_said = (len(regex.sub(r"\s|</?think>", "", "".join(texts))) for texts in (written, said))
+            if n_written < n_said:
                 unused.add("content (thoughts that the chat template leaves out)")
             skipped.unused.update(unused)
             roles = [message["role"] for message in messages]
             asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages
             yield split_of(json.dumps(asked).encode(), val_fraction), parts
-
-
-class Unusable(ValueError):
-    """The reason why a record cannot be used."""
 
 
 def taking_turns(texts: list[str]) -> list[Message]:
@@ -174,8 +170,8 @@ def taking_turns(texts: list[str]) -> list[Message]:
 
 
 def turns_in(record: object) -> tuple[list, dict]:
-    """The messages of a record in one of the usual layouts, as they are there, and its other keys. Raises Unusable for
-    other records."""
+    """The messages of a record in one of the usual layouts, as they are there, and its other keys. Raises ValueError
+    for other records."""
     keys = {}
     match record:
         case list(turns):
@@ -191,37 +187,37 @@ def turns_in(record: object) -> tuple[list, dict]:
         case {"input": asked, "output": answered, **keys}:
             turns = [asked, answered]
         case _:
-            raise Unusable("records that are not conversations")
+            raise ValueError("records that are not conversations")
     if all(isinstance(turn, str) for turn in turns):
         turns = taking_turns(turns)
     match keys.pop("history", None) or []:
         case list(pairs) if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             turns = [*taking_turns(sum(pairs, [])), *turns]
         case _:
-            raise Unusable("conversations with a history that is no list of [question, answer]")
+            raise ValueError("conversations with a history that is no list of [question, answer]")
     if system := keys.pop("system", None):
         turns = [{"role": "system", "content": system}, *turns]
     return turns, keys
 
 
 def meaning_of(keys: dict) -> tuple[bool, set[str]]:
-    """Whether answers with these keys are to be learned, and which of the keys are not used. Raises Unusable if answers
-    mean something else than they seem to."""
+    """Whether answers with these keys are to be learned, and which of the keys are not used. Raises ValueError if
+    answers mean something else than they seem to."""
     said = {key: value for key, value in keys.items() if value not in NOTHING}
     if any(said.get(key) in (False, "false", "False") for key in LABELS):
-        raise Unusable("answers that are bad examples, by their label")
+        raise ValueError("answers that are bad examples, by their label")
     weights = [said[key] for key in WEIGHTS & said.keys()]
     if not all(weight in (0, 1) for weight in weights):
-        raise Unusable("conversations with weights other than 0 and 1")
+        raise ValueError("conversations with weights other than 0 and 1")
     if decisive := DECISIVE & said.keys():
-        raise Unusable(f"conversations whose answers depend on {', '.join(sorted(decisive))}")
+        raise ValueError(f"conversations whose answers depend on {', '.join(sorted(decisive))}")
     used = WEIGHTS | {key for key in LABELS if said.get(key) in (True, "true", "True")}
     return all(weights), {key for key in said.keys() - used if not HARMLESS.fullmatch(key)}
 
 
 def messages_in(record: object) -> tuple[list[Message], set[str]]:
     """The messages of a record up to the last answer to be learned, and the keys that are not used. Messages of one
-    role in a row become one. Raises Unusable, with the reason."""
+    role in a row become one. Raises ValueError, with the reason."""
     turns, keys = turns_in(record)
     all_learned, unused = meaning_of(keys)
     messages = []
@@ -232,9 +228,9 @@ def messages_in(record: object) -> tuple[list[Message], set[str]]:
             case {"from": str(name), **keys}:
                 content = keys.pop("value", None)
             case _:
-                raise Unusable("conversations with a message that is not text")
+                raise ValueError("conversations with a message that is not text")
         if not (role := ROLES.get(name.lower())):
-            raise Unusable(f"conversations with the unknown role {name[:40]!r}")
+            raise ValueError(f"conversations with the unknown role {name[:40]!r}")
         learned, more = meaning_of(keys)
         unused |= more
         if isinstance(content, list):  # of parts, which may also be images
@@ -242,7 +238,7 @@ def messages_in(record: object) -> tuple[list[Message], set[str]]:
             is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
             content = "".join(texts) if is_text else None
         if not isinstance(content, str) or regex.search(r"\p{Surrogate}", content):
-            raise Unusable("conversations with a message that is not text")
+            raise ValueError("conversations with a message that is not text")
         message = {"role": role, "content": content}
         if role == "assistant" and not (learned and all_learned):
             message["learned"] = False
@@ -253,7 +249,7 @@ def messages_in(record: object) -> tuple[list[Message], set[str]]:
     while messages and not is_learned(messages[-1]):
         messages.pop()
     if not messages or not all(message["content"].strip() for message in messages if message["role"] == "assistant"):
-        raise Unusable("conversations without an answer to learn, or with an empty one")
+        raise ValueError("conversations without an answer to learn, or with an empty one")
     return messages, unused
 
 
@@ -307,32 +303,33 @@ def stdlib_posts(files: list[Path]) -> dict[str, list[Fact]]:
     return posts
 
 
+def ask(rng: random.Random, fact: Fact, subject: str | None = None) -> str:
+    """A question for a fact, with the `subject` in place of the name that the fact is about."""
+    return rng.choice(WAYS_TO_ASK[fact[0]]).format(subject or f"`{fact[1]}`")
+
+
 def stdlib_conversations(files: list[Path], val_fraction: float) -> Iterator[tuple[str, str, list[Message]]]:
     """Yield the split, the kind and the messages of conversations about the standard library. The val split asks about
     other names than the train split."""
     posts = stdlib_posts(files)
     for split in SPLITS:
-        mine = [post for post, facts in posts.items() if split_of(facts[0][1].encode(), val_fraction) == split]
+        mine = [post for post in posts.items() if split_of(post[1][0][1].encode(), val_fraction) == split]
         rng = random.Random(split)
-
-        def ask(fact: Fact, subject: str | None = None, rng=rng) -> str:  # this split's rng
-            return rng.choice(WAYS_TO_ASK[fact[0]]).format(subject or f"`{fact[1]}`")
-
-        for post in mine:
-            for fact in posts[post][:3]:
-                yield split, "reading", taking_turns([f"{post}\n\n{ask(fact)}", fact[2]])
-            fact, later = rng.sample(posts[post], 2)
-            follow_up = ask(later, None if later[0] == "default" else "it")
-            turns = [f"{post}\n\n{ask(fact)}", fact[2], follow_up, later[2], "Thanks.", "You are welcome."]
+        for post, facts in mine:
+            for fact in facts[:3]:
+                yield split, "reading", taking_turns([f"{post}\n\n{ask(rng, fact)}", fact[2]])
+            fact, later = rng.sample(facts, 2)
+            follow_up = ask(rng, later, None if later[0] == "default" else "it")
+            turns = [f"{post}\n\n{ask(rng, fact)}", fact[2], follow_up, later[2], "Thanks.", "You are welcome."]
             yield split, "follow-ups", taking_turns(turns[: rng.choice([4, 6])])
-            other = rng.choice(mine)
-            if not {about for _, about, _ in posts[post]} & {about for _, about, _ in posts[other]}:
+            other, others = rng.choice(mine)
+            if not {about for _, about, _ in facts} & {about for _, about, _ in others}:
                 both = "\n".join(rng.sample([post, other], 2))
-                yield split, "two posts", taking_turns([f"{both}\n\n{ask(fact)}", fact[2]])
+                yield split, "two posts", taking_turns([f"{both}\n\n{ask(rng, fact)}", fact[2]])
                 if rng.random() < 0.4:
-                    yield split, "unanswered", taking_turns([f"{post}\n\n{ask(posts[other][-1])}", UNANSWERED])
+                    yield split, "unanswered", taking_turns([f"{post}\n\n{ask(rng, others[-1])}", UNANSWERED])
             if split == "train":
-                yield split, "knowing", taking_turns([ask(posts[post][0]), posts[post][0][2]])
+                yield split, "knowing", taking_turns([ask(rng, facts[0]), facts[0][2]])
             if rng.random() < 0.2:
                 questions, answer = rng.choice(list(MANNERS.items()))
                 yield split, "manners", taking_turns([rng.choice(questions), answer])
@@ -349,24 +346,24 @@ class Conversations:
 
     def __init__(self, shards: list[np.ndarray], masks: list[np.ndarray], seq_len: int, separator: int):
         self.tokens, self.masks = Windows(shards, seq_len), Windows(masks, seq_len)
-        self.seq_len, self.separator, stops, changes, previous = seq_len, separator, [], [], False
-        # In u u a a # u a # (# separates conversations, a is learned) conversations end at 4 and 7. The mask changes
-        # after 1, 3, 5 and 6: with every second change an answer ends.
+        self.seq_len, self.separator, stops, flips, previous = seq_len, separator, [], [], False
+        # In u u a a # u a # (# separates conversations, a is learned) conversations stop at 4 and 7. The mask flips at
+        # 2, 4, 6 and 7, where answers begin and end in turn.
         for begin in range(0, self.tokens.n_tokens, CHUNK):
             tokens, mask = (data.window(begin, begin + CHUNK) for data in (self.tokens, self.masks))
             stops.append(begin + np.flatnonzero(tokens == separator))
-            changes.append(begin - 1 + np.flatnonzero(np.diff(mask, prepend=previous)))
+            flips.append(begin + np.flatnonzero(np.diff(mask, prepend=previous)))
             previous = mask[-1]
-        stops, changes = np.concatenate(stops), np.concatenate(changes)
-        answer_ends = np.append(-1, changes[1::2])  # -1: before all conversations
-        n_learned = np.append(0, np.cumsum(changes[1::2] - changes[:-1:2]))  # tokens up to each of these ends
+        stops, flips = np.concatenate(stops), np.concatenate(flips)
+        begins, ends = flips[:-1:2], flips[1::2]  # as many of each, whatever the mask
+        n_learned = np.append(0, np.cumsum(ends - begins))  # in the first answer, in the first two, ...
         starts = np.append(0, stops + 1)[:-1]
-        # The last answer that ends before each start (of an earlier conversation), before each stop and each limit.
         limits = np.minimum(stops, starts + seq_len + 1)
-        before, last, fitting = (np.searchsorted(answer_ends, places) - 1 for places in (starts, stops, limits))
+        # How many answers end before each conversation begins, before it stops, and before the limit of what fits
+        before, last, fitting = (np.searchsorted(ends, places, side="right") for places in (starts, stops, limits))
         fits = fitting > before
         self.n_cut, self.n_left_out = int(np.sum(fits & (fitting < last))), int(np.sum(~fits))
-        spans = np.stack([starts, answer_ends[fitting] + 1], axis=1)[fits]
+        spans = np.stack([starts[fits], ends[fitting[fits] - 1]], axis=1)
         rows = pack(lengths := spans[:, 1] - spans[:, 0], seq_len + 1)
         self.counts = np.bincount(rows, (n_learned[fitting] - n_learned[before])[fits]).astype(np.int64)  # targets
         self.n_tokens, self.n_windows = int(lengths.sum()), len(self.counts)
@@ -395,7 +392,8 @@ def pack(lengths: np.ndarray, size: int) -> np.ndarray:
     """Pack items into rows by best fit: the longest first, each into the fullest row that has room for it. Returns the
     row of each item: pack([3, 5, 1, 2], 6) -> [1, 0, 0, 1]"""
     rows = np.empty(len(lengths), np.int64)
-    rooms, having = [size], defaultdict(list, {size: [0]})  # sorted, and the rows that have each, the first on top
+    rooms = [size]  # that rows have left, sorted
+    having = defaultdict(list, {size: [0]})  # each of these rooms: a heap of the rows that have it
     for item in np.argsort(-lengths, kind="stable").tolist():
         room = rooms[at := bisect_left(rooms, lengths[item])]
         rows[item] = row = heappop(having[room])
@@ -491,7 +489,8 @@ def main() -> None:
     tolerate_streams()
     sys.stdout.reconfigure(encoding="utf-8")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.allow_abbrev, add = False, parser.add_argument  # --prep would not be seen in the next lines
+    parser.allow_abbrev = False  # --prep would not be seen in the next lines
+    add = parser.add_argument
     add("--prepare", action="store_true", help="make a data set; with --help: the flags for that")
     if "--prepare" in sys.argv[1:]:
         add("inputs", nargs="*", metavar="INPUT", help="conversations (default: questions about Python's library)")

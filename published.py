@@ -47,7 +47,7 @@ def load_source(path: str | Path) -> tuple[dict, Path]:
         return load_checkpoint(path)
     try:
         config, weights = load_published(folder)
-        chat = has_chat_template(folder)
+        chat = published_jinja(folder)[0] is not None
     except Exception as error:  # noqa: BLE001 - a corrupt file can fail in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load {folder}: {reason}") from error
@@ -61,10 +61,6 @@ def tensors_at(source: Path) -> dict[str, Tensors]:
     if source.suffix == ".json":
         return tensors_of(source)
     return {"model": Tensors("model", [cache(lambda: {"model": load_published(source)[1]})])}
-
-
-def has_chat_template(folder: Path) -> bool:
-    return published_jinja(folder)[0] is not None
 
 
 class Loaded(NamedTuple):
@@ -103,8 +99,9 @@ class Family:
     required: dict  # settings that we have no switch for, and the only value that we can handle
     transposed: bool = False  # weight matrices in blocks are stored as [in, out]
 
-    def is_transposed(self, tensor: Tensor, ours: str) -> bool:
-        return self.transposed and tensor.ndim == 2 and ours.startswith("blocks")
+    def turned(self, tensor: Tensor, ours: str) -> Tensor:
+        """Our parameter as they store it, and theirs as we do."""
+        return tensor.T if self.transposed and tensor.ndim == 2 and ours.startswith("blocks") else tensor
 
 
 # fmt: off
@@ -112,8 +109,7 @@ LLAMA_SETTINGS = {
     "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "head_dim": "head_dim", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
-    "rope_factor": "factor",
-    "activation": "hidden_act", "tied": "tie_word_embeddings",
+    "rope_factor": "factor", "activation": "hidden_act", "tied": "tie_word_embeddings",
 }
 QWEN3_SETTINGS = LLAMA_SETTINGS | {"n_layer": "max_window_layers num_hidden_layers"}
 LLAMA_MODULES = {
@@ -137,7 +133,6 @@ LLAMA_MODULES = {
     "head": "lm_head",
 }
 LLAMA_REQUIRED = {"rope_type": "default", "type": "default", "sliding_window": None, "use_sliding_window": False}
-
 LLAMA31 = {  # how rotary positions are scaled with rope_factor: the only way that we can handle
     "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }
@@ -231,18 +226,13 @@ def layout(modules: dict[str, str], model: GPT) -> dict[str, list[str]]:
 def open_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors or pytorch_model.bin, or of parts like model-00001-of-00002.safetensors. Files
     are memory mapped: a tensor takes memory only when it is used. Nothing in them is executed."""
-
-    def files_of(stem: str, suffix: str) -> list[Path]:
-        whole = folder / f"{stem}.{suffix}"
-        return [whole] if whole.exists() else sorted(folder.glob(f"{stem}-*-of-*.{suffix}"))
-
-    if paths := files_of("model", "safetensors"):
+    if paths := [*folder.glob("model.safetensors")] or sorted(folder.glob("model-*-of-*.safetensors")):
         try:
             from safetensors.torch import load_file
         except ImportError:
             raise ValueError(f"{paths[0]} needs safetensors: pip install safetensors") from None
         files = [load_file(path) for path in paths]
-    elif paths := files_of("pytorch_model", "bin"):
+    elif paths := [*folder.glob("pytorch_model.bin")] or sorted(folder.glob("pytorch_model-*-of-*.bin")):
         files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
     else:
         raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
@@ -259,6 +249,8 @@ def read_config(folder: Path) -> tuple[GPTConfig, Family]:
         raise ValueError(f"{folder} holds a {theirs['model_type']!r}, none of {', '.join(FAMILIES)}")
     if LLAMA31.items() <= theirs.items():
         theirs["rope_type"] = "default"
+    else:
+        theirs.pop("factor", None)  # of no scaling
     for name, value in family.required.items():
         if theirs.get(name, value) != value:
             raise ValueError(f"the {name} of {folder} is {theirs[name]!r}, for which there is no switch here")
@@ -292,9 +284,7 @@ def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         tensor = tensors.pop(theirs)
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{theirs} in {folder} has the dtype {tensor.dtype}, which is not supported")
-        if family.is_transposed(tensor, ours[0]):
-            tensor = tensor.T
-        for name, part in zip(ours, tensor.chunk(len(ours))):
+        for name, part in zip(ours, family.turned(tensor, ours[0]).chunk(len(ours))):
             shape = model.get_parameter(name).shape
             if part.shape != shape:
                 raise ValueError(f"{theirs} in {folder} gives {name} the shape {list(part.shape)}, not {list(shape)}")
@@ -322,17 +312,18 @@ def family_of(config: GPTConfig) -> tuple[str, Family]:
     return model_type, FAMILIES[model_type]
 
 
-def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], ends: dict | None = None) -> None:
-    """Write config.json, generation_config.json and model.safetensors for the family that can express `config`, with
-    `ends` as the ids at which generation begins and stops. Raises ValueError if no family can. The inverse of
-    load_published."""
+def save_published(
+    folder: Path, config: GPTConfig, weights: dict[str, Tensor], begin: int | None = None, end: int | list | None = None
+) -> None:
+    """The inverse of load_published: write config.json, generation_config.json and model.safetensors. `begin` and `end`
+    are the tokens at which a text does so. Raises ValueError if no family can express `config`."""
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise ValueError("writing model.safetensors needs safetensors: pip install safetensors") from None
     model_type, family = family_of(config)
-    ends = ends or {"bos_token_id": None, "eos_token_id": None}
-    theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32", **ends}
+    ids = {"bos_token_id": begin, "eos_token_id": end}
+    theirs = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32", **ids}
     theirs |= {name: value for name, value in family.required.items() if name not in ("rope_type", "type")}
     for ours, names in family.settings.items():
         value = "gelu_new" if getattr(config, ours) == "gelu_tanh" else getattr(config, ours)
@@ -341,15 +332,12 @@ def save_published(folder: Path, config: GPTConfig, weights: dict[str, Tensor], 
         theirs["rope_scaling"] = {**LLAMA31, "factor": factor}
     tensors = {}
     for name, ours in layout(family.modules, model_with(config, weights)).items():
-        tensor = torch.cat([weights[part] for part in ours])
-        if family.is_transposed(tensor, ours[0]):
-            tensor = tensor.T
-        tensors[name] = tensor.contiguous()
+        tensors[name] = family.turned(torch.cat([weights[part] for part in ours]), ours[0]).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", theirs)
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # not the owner's alone
-    write_json(folder / "generation_config.json", ends)
+    write_json(folder / "generation_config.json", ids)
 
 
 def why_not_exportable(config: GPTConfig) -> str | None:
@@ -398,8 +386,8 @@ GGUF_MODULES = {
     "norm": "output_norm",
     "head": "output",
 }
+GGUF_GPT2 = {f"blocks.*.attention.{name}": "blk.*.attn_qkv" for name in ("query", "key", "value")}  # stacked in one
 GGUF_PATTERNS = {"llama-bpe": GPT4_PATTERN, "gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN, "qwen2": QWEN_PATTERN}
-GGUF_QKV = dict.fromkeys((f"blocks.*.attention.{name}" for name in ("query", "key", "value")), "blk.*.attn_qkv")
 NORMAL, CONTROL, IN_TEXT, UNUSED = 1, 3, 4, 5  # kinds of tokens there
 
 
@@ -413,9 +401,10 @@ def save_gguf(
     except ImportError:
         raise ValueError("writing GGUF needs gguf: pip install gguf") from None
     _, family = family_of(config)
-    wanted = {"activation": "gelu_tanh" if family.gguf == "gpt2" else "silu", "renormalise": True}
-    for name, value in wanted.items():  # what its code does, whatever a file says
-        if getattr(config, name) != value and not (name == "renormalise" and config.n_expert is None):
+    is_gpt2 = family.gguf == "gpt2"
+    computed = {"activation": "gelu_tanh" if is_gpt2 else "silu"} | ({"renormalise": True} if config.n_expert else {})
+    for name, value in computed.items():  # by its code, whatever a file says
+        if getattr(config, name) != value:
             raise ValueError(f"llama.cpp computes {family.gguf} with {name} {value}, not {getattr(config, name)}")
     writer = GGUFWriter(path, family.gguf)
     writer.add_name(path.stem)
@@ -428,11 +417,10 @@ def save_gguf(
     writer.add_head_count_kv(config.n_kv_head)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    if config.norm == "layer":
+    if is_gpt2:
         writer.add_layer_norm_eps(config.norm_eps)
     else:
         writer.add_layer_norm_rms_eps(config.norm_eps)
-    if config.position == "rope":
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_rope_freq_base(config.rope_base)
     if config.rope_factor is not None:
@@ -443,7 +431,7 @@ def save_gguf(
         writer.add_expert_used_count(config.n_expert_active)
         writer.add_expert_feed_forward_length(config.n_inner)
 
-    modules = GGUF_MODULES | (GGUF_QKV if family.gguf == "gpt2" else {})
+    modules = GGUF_MODULES | (GGUF_GPT2 if is_gpt2 else {})
     for theirs, ours in layout(modules, model_with(config, weights)).items():
         parts = [weights[name].float() for name in ours]
         tensor = torch.stack(parts) if ".experts." in ours[0] else torch.cat(parts)
@@ -497,17 +485,17 @@ def export(target: Path, run: Path, half: bool = False) -> None:
             fail(f"{target} is not an empty folder or a new .gguf file: choose another name to export to")
         state, record = load_checkpoint(run)
     try:
-        config, tokenizer = GPTConfig(**model_settings(state["config"])), Tokenizer.from_dict(state["tokenizer"])
+        config, chat = GPTConfig(**model_settings(state["config"])), state["tokenizer"].get("chat", False)
+        tokenizer = Tokenizer.from_dict(state["tokenizer"])
+        tokenizer = tokenizer.for_chat() if chat else tokenizer  # ValueError if its template was not stored
         if config.position == "rope":  # fine-tuning with a shorter --seq_len does not shorten the context
             config = config.changed(seq_len=max(config.seq_len, state["config"].get("context") or 0))
-        chat = state["tokenizer"].get("chat", False)
         if is_gguf:
             save_gguf(partial, config, state["model"], tokenizer, chat, half)
             partial.replace(target)
         else:
-            stops = sorted(tokenizer.ends, reverse=True) if chat else tokenizer.end_of_text
-            ends = {"bos_token_id": tokenizer.begin, "eos_token_id": stops}
-            save_published(target, config, state["model"], ends)
+            end = sorted(tokenizer.ends, reverse=True) if chat else tokenizer.end_of_text
+            save_published(target, config, state["model"], tokenizer.begin, end)
             save_published_tokenizer(target, tokenizer, chat)
     except Exception as error:  # noqa: BLE001 - safetensors has exceptions of its own
         with suppress(OSError):

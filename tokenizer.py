@@ -35,15 +35,10 @@ import numpy as np
 import regex  # tiktoken's dependency: unlike re, it knows \p{L}, any letter, and \p{N}, any digit
 import tiktoken
 
-END_OF_TEXT, LLAMA_END, LLAMA_BEGIN = "<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>"
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation
-SPECIAL_TOKENS = (END_OF_TEXT, *CHAT_TOKENS)  # of every tokenizer made here
-BYTES = {bytes([byte]): byte for byte in range(256)}
-PROBE = "I'll DON'T we'Ve 1234567 a1b22 naïve 你好吗 🙂🙂 x==y; f(__init__)  \t two\n\n  \r\n 'end' "  # see extends()
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning a vocabulary from text
 
+BYTES = {bytes([byte]): byte for byte in range(256)}
 # A tokenizer first splits text into chunks with a regular expression, and no token spans two chunks. GPT-4's chunks are
 # words with the space before them, numbers of up to three digits, punctuation, and white space:
 # "it's 12345 cats" -> "it", "'s", " ", "123", "45", " cats"
@@ -51,23 +46,7 @@ GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
     r"""|\s+(?!\S)|\s"""
 )
-MAX_CHUNK = 256  # characters
-
-
 Progress = Callable[[int], None]  # is told how many tokens have been learned so far
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | None = None) -> "Tokenizer":
-    """Learn a vocabulary of `vocab_size` tokens, SPECIAL_TOKENS among them, from texts."""
-    chunk_counts: Counter[str] = Counter()
-    for text in texts:
-        chunk_counts.update(regex.findall(GPT4_PATTERN, text))
-    for chunk in [chunk for chunk in chunk_counts if len(chunk) > MAX_CHUNK]:  # as in a genome: would take too long
-        count = chunk_counts.pop(chunk)
-        for i in range(0, len(chunk), MAX_CHUNK):
-            chunk_counts[chunk[i : i + MAX_CHUNK]] += count
-    ranks = train_bpe(chunk_counts, vocab_size - len(SPECIAL_TOKENS), progress)
-    return Tokenizer.of(f"bpe:{len(ranks) + len(SPECIAL_TOKENS)}", GPT4_PATTERN, ranks)
 
 
 def train_bpe(chunk_counts: Counter[str], vocab_size: int, progress: Progress | None = None) -> dict[bytes, int]:
@@ -78,7 +57,7 @@ def train_bpe(chunk_counts: Counter[str], vocab_size: int, progress: Progress | 
     counting all pairs again for every new token; this function only updates the counts that change.
 
     `chunk_counts` says how often each chunk occurs in the text. Returns {bytes of a token: its id}, with `vocab_size`
-    tokens, or fewer if no pair occurs twice any more.
+    tokens, or fewer if no pair occurs twice any more: {"aaabdaaabac": 1} adds {b"aa": 256, b"ab": 257, b"aaab": 258}.
     """
     chunks = [list(chunk.encode()) for chunk in chunk_counts]  # as token ids
     counts = list(chunk_counts.values())
@@ -133,38 +112,15 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
-
-class Template(NamedTuple):
-    """How a chat model expects a conversation."""
-
-    jinja: str  # a program in the language that Hugging Face uses for this
-    end: str  # the token with which the model ends its answer
-
-    def write(self, messages: list[dict], ask: bool) -> str:
-        """The text of messages {"role", "content"}. `ask` adds the beginning of the next answer. Raises ValueError if
-        the program fails."""
-        try:
-            return compiled(self.jinja).render(messages=messages, add_generation_prompt=ask, tools=None)
-        except Exception as error:  # noqa: BLE001 - a program can fail in any way
-            raise ValueError(f"its program ends with {type(error).__name__}: {error}") from error
+END_OF_TEXT, LLAMA_END, LLAMA_BEGIN = "<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # around each message of a conversation
+SPECIAL_TOKENS = (END_OF_TEXT, *CHAT_TOKENS)  # of every tokenizer made here
+PROBE = "I'll DON'T we'Ve 1234567 a1b22 naïve 你好吗 🙂🙂 x==y; f(__init__)  \t two\n\n  \r\n 'end' "  # see cuts_like()
 
 
-@cache
-def compiled(jinja: str):
-    """A program, as transformers runs it. It may be a stranger's, but in this sandbox it can only write text."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch installs it
-
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    return ImmutableSandboxedEnvironment(**options).from_string(jinja)
-
-
-CHATML = Template(  # all models trained here
-    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{{- message['content'].rstrip() if message['role'] == 'assistant' else message['content'] | trim -}}"
-    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}",
-    "<|im_end|>",
-)
+def one_of(names: Iterable[str]) -> re.Pattern:
+    """Finds these names in a text: where several fit, the longest."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
 
 
 class Part(NamedTuple):
@@ -176,41 +132,45 @@ class Part(NamedTuple):
 
 
 class Tokenizer:
-    """A tiktoken.Encoding with its parts: `pattern` cuts text into chunks, `ranks` maps the bytes of each ordinary
-    token to its id, `special` the name of each control token, and `added` that of each token that is found in any text.
-    `begin` is the token before each text, by default the one that ends the text before it. `template` is that of its
-    conversations, by default CHATML if it has the tokens, or a sentence that tells why there can be none."""
+    """Turns text into ids and back. tiktoken does that: it splits the text into chunks, begins with the bytes of each,
+    and merges neighbours into the token with the lowest id, as long as two of them spell one.
+
+    pattern         the regular expression that cuts text into chunks
+    ranks           {bytes of an ordinary token: its id}; tiktoken calls ids ranks
+    special, added  {name: id} of control tokens, and of other tokens that are found in any text
+    begin           the token before each text, by default the one that ends the text before it
+    template        that of its conversations, by default CHATML if it has the tokens, or None: see Template
+    refusal         why it has none although its model was trained with one, in a sentence, or None
+    """
 
     def __init__(
         self,
         encoding: tiktoken.Encoding,
         added: dict[str, int] | None = None,
         begin: int | None = None,
-        template: Template | str | None = None,
+        template: "Template | str | None" = None,
     ):
+        """A `template` that is a sentence becomes the refusal."""
         self.encoding, self.name, self.n_vocab, self.added = encoding, encoding.name, encoding.n_vocab, added or {}
         self.pattern, self.ranks = encoding._pat_str, encoding._mergeable_ranks
         self.special = {name: id for name, id in encoding._special_tokens.items() if name not in self.added}
-        self.end_of_text = self.special[LLAMA_END if END_OF_TEXT not in self.special else END_OF_TEXT]
+        self.end_of_text = self.special[END_OF_TEXT if END_OF_TEXT in self.special else LLAMA_END]
         self.begin = self.end_of_text if begin is None else begin
-        usual = CHATML if self.special.keys() >= set(CHAT_TOKENS) else None
-        self.refusal = template if isinstance(template, str) else None
-        self.template = None if self.refusal else template or usual
+        if template is None and self.special.keys() >= set(CHAT_TOKENS):
+            template = CHATML
+        self.template, self.refusal = (None, template) if isinstance(template, str) else (template, None)
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)  # see encode_ordinary()
-        # What a text spells that it may mean as a control token, and what is found in it. The longest one counts.
-        self.control_tokens, self.added_tokens = (
-            re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")
-            for names in ({*self.special, *CHAT_TOKENS}, self.added)
-        )
+        self.added_tokens = one_of(self.added)
+        self.control_tokens = one_of({*self.special, *CHAT_TOKENS})  # what a text may mean as a control token
 
     @classmethod
     def of(
         cls, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None, **settings
     ) -> Self:
-        """tiktoken calls ids ranks, since it merges the lowest first. `special` is SPECIAL_TOKENS by default."""
+        """The tokenizer with these parts. `special` is SPECIAL_TOKENS by default."""
         if special is None:
             special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
-        named = special | settings.get("added", {})
+        named = special | (settings.get("added") or {})
         return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=named), **settings)
 
     def __eq__(self, other: object) -> bool:
@@ -218,13 +178,13 @@ class Tokenizer:
 
     def extends(self, other: Self) -> bool:
         """Whether this one gives the same ids as the other, and differs by more control tokens at most."""
-        same_ranks = self.cuts_like(other.pattern) and self.ranks == other.ranks
-        same_begin = (self.begin, self.added) == (other.begin, other.added) and other.template in (None, self.template)
-        return same_ranks and same_begin and other.special.items() <= self.special.items()
+        same_ids = (self.ranks, self.added, self.begin) == (other.ranks, other.added, other.begin)
+        same_texts = self.cuts_like(other.pattern) and other.template in (None, self.template)
+        return same_ids and same_texts and other.special.items() <= self.special.items()
 
     def cuts_like(self, pattern: str) -> bool:
-        """Whether this pattern, which may be written in another way, gives the same ids. Where all tokens are bytes,
-        any does."""
+        """Whether this pattern, which may be written in another way, gives the same ids: it cuts PROBE alike, or all
+        tokens are bytes."""
         same_chunks = regex.findall(self.pattern, PROBE) == regex.findall(pattern, PROBE)
         return same_chunks or max(map(len, self.ranks)) == 1
 
@@ -239,11 +199,8 @@ class Tokenizer:
         return np.concatenate(ids).astype(np.uint32)
 
     def encode_ordinary(self, text: str) -> np.ndarray:
-        """The ids [N] of a text in ordinary tokens.
-
-        Bytes without a token, such as some control characters in SmolLM2's vocabulary, make tiktoken panic. They are
-        left out of their chunks, as in Hugging Face's library.
-        """
+        """The ids [N] of a text in ordinary tokens. Bytes without one, such as some control characters in SmolLM2's
+        vocabulary, make tiktoken panic. They are left out of their chunks, as in Hugging Face's library."""
         if not self.missing or not set(self.missing) & set(text.encode()):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         chunks = (chunk.encode().translate(None, self.missing) for chunk in regex.findall(self.pattern, text))
@@ -256,10 +213,9 @@ class Tokenizer:
         joined: list[Part] = []
         for part in parts:
             if part.control and joined and not joined[-1].control:
-                control = self.control_tokens.search(part.text)
-                at = control.start() if control else len(part.text)
-                joined[-1] = joined[-1]._replace(text=joined[-1].text + part.text[:at])
-                part = part._replace(text=part.text[at:])
+                between, *rest = self.control_tokens.split(part.text, maxsplit=1)
+                joined[-1] = joined[-1]._replace(text=joined[-1].text + between)
+                part = part._replace(text="".join(rest))
             joined.append(part)
         ids = [self.encode(part.text, part.control) for part in joined]
         return np.concatenate(ids), np.repeat([part.target for part in joined], [len(part) for part in ids])
@@ -285,14 +241,12 @@ class Tokenizer:
         return {self.end_of_text} | ({self.special[self.template.end]} if self.template else set())
 
     def for_chat(self) -> Self:
-        """This tokenizer, with ChatML's control tokens if it has none for conversations. Raises ValueError if those
-        of the published model cannot be written."""
+        """This tokenizer, with ChatML's control tokens if it has no template. Raises ValueError if it has a refusal."""
         if self.refusal:
             raise ValueError(self.refusal)
         if self.template:
             return self
-        more = {token: self.n_vocab + i for i, token in enumerate(CHAT_TOKENS)}
-        special = more | self.special
+        special = {token: self.n_vocab + i for i, token in enumerate(CHAT_TOKENS)} | self.special
         return Tokenizer.of(self.name, self.pattern, self.ranks, special, added=self.added, begin=self.begin)
 
     def to_dict(self, chat: bool = False) -> dict:
@@ -305,33 +259,33 @@ class Tokenizer:
 
     @classmethod
     def from_dict(cls, plain: dict) -> Self:
-        """The inverse of to_dict."""
+        """The inverse of to_dict. Older ones lack the last settings."""
         ranks = {base64.b64decode(token): rank for token, rank in plain["ranks"].items()}
-        more = {name: plain[name] for name in ("added", "begin", "template") if name in plain}  # older ones lack them
+        more = {name: plain[name] for name in ("added", "begin", "template") if name in plain}
         if isinstance(more.get("template"), list):
             more["template"] = Template(*more["template"])
+        elif "template" not in more and plain["special_tokens"].keys() & {"<think>", "<|start_header_id|>"}:
+            more["template"] = f"the chat template of {plain['name']} was not stored: tune the published model again"
         return cls.of(plain["name"], plain["pattern"], ranks, plain["special_tokens"], **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers by name
 
+MAX_CHUNK = 256  # characters
+
 
 def named_tokenizer(name: str) -> Tokenizer | int:
-    """The tokenizer that --tokenizer names, or for "bpe:N" the vocabulary size N of the one to train.
-
-    "byte" and "bpe:N" need no download. Other names ("gpt2", "cl100k_base", ...) are tiktoken's, which downloads the
-    tokenizer once. Raises ValueError, in a sentence, for what there is not.
-    """
+    """The tokenizer that --tokenizer names, or for "bpe:N" the vocabulary size N of the one to train. Names of
+    tiktoken's are downloaded once. Raises ValueError, in a sentence, for what there is not."""
     if name == "byte":
         return byte_tokenizer()
     n_least = len(BYTES) + len(SPECIAL_TOKENS)
     if (match := re.fullmatch("bpe:([0-9]+)", name)) and int(match[1]) > n_least:
         return int(match[1])
-    published = tiktoken.list_encoding_names()
-    if name not in published and os.path.exists(name):  # False for names that no file can have
-        return load_tokenizer(name)
-    if name not in published:
+    if name not in (published := tiktoken.list_encoding_names()):
+        if os.path.exists(name):  # False for names that no file can have
+            return load_tokenizer(name)
         choices = f"byte, bpe:N with N above {n_least}, a run, the folder of a published model, or one of"
         raise ValueError(f"unknown tokenizer {name!r}: use {choices} {', '.join(published)}")
     try:
@@ -339,6 +293,19 @@ def named_tokenizer(name: str) -> Tokenizer | int:
     except OSError:  # includes the exceptions of requests, with which tiktoken downloads
         advice = "connect to the internet, or use byte or bpe:N"
         raise ValueError(f"could not download the tokenizer {name!r}: {advice}") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | None = None) -> Tokenizer:
+    """Learn a vocabulary of `vocab_size` tokens, SPECIAL_TOKENS among them, from texts. See train_bpe()."""
+    chunk_counts: Counter[str] = Counter()
+    for text in texts:
+        chunk_counts.update(regex.findall(GPT4_PATTERN, text))
+    short: Counter[str] = Counter()  # long ones, as in a genome, would take too long
+    for chunk, count in chunk_counts.items():
+        for i in range(0, len(chunk), MAX_CHUNK):
+            short[chunk[i : i + MAX_CHUNK]] += count
+    ranks = train_bpe(short, vocab_size - len(SPECIAL_TOKENS), progress)
+    return Tokenizer.of(f"bpe:{len(ranks) + len(SPECIAL_TOKENS)}", GPT4_PATTERN, ranks)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -374,8 +341,8 @@ DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++
 
 
 def from_tokenizer_json(plain: dict, folder: Path) -> Tokenizer:
-    """The tokenizer in the contents of a folder's tokenizer.json, with the template beside it. Only byte-level BPE is
-    supported: raises ValueError, by name, for what would change ids."""
+    """The tokenizer in the contents of a folder's tokenizer.json, with the template beside it. Raises ValueError for
+    another kind than byte-level BPE, and by name for what would change ids."""
     pattern, added, special = published_pattern(plain), {}, {}
     for token in plain["added_tokens"]:  # no text may inject the tokens of SPECIAL_TOKENS, whatever the file says
         is_control = token["special"] or token["content"] in SPECIAL_TOKENS
@@ -383,13 +350,16 @@ def from_tokenizer_json(plain: dict, folder: Path) -> Tokenizer:
     if not special.keys() & {END_OF_TEXT, LLAMA_END}:
         raise ValueError("it has no token that marks the end of a document")
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in special | added}
+    named = special | added
+    vocab = {token: rank for token, rank in plain["model"]["vocab"].items() if token not in named}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in plain["model"]["merges"]]
     merged = [vocab[left + right] for left, right in merges]
     if merged != sorted(merged):
         raise ValueError("its merges are not in the order of their ids, which tiktoken requires")
     reached = {token for token in vocab if len(token) == 1}  # the library does not produce those that no merge leads to
-    reached.update(left + right for left, right in merges if {left, right} <= reached)
+    for left, right in merges:
+        if {left, right} <= reached:
+            reached.add(left + right)
     if len(reached) < len(vocab) and plain["model"].get("ignore_merges"):
         raise ValueError("ignore_merges is not supported where no merges lead to some tokens")
     ranks = {bytes(bytes_of[letter] for letter in token): vocab[token] for token in vocab if token in reached}
@@ -398,8 +368,7 @@ def from_tokenizer_json(plain: dict, folder: Path) -> Tokenizer:
 
 
 def published_beginning(plain: dict, special: dict[str, int]) -> int | None:
-    """The token that the post-processor of a tokenizer.json puts before each text. Early files of Llama 3 lack theirs.
-    Raises ValueError for what else it may do to ids."""
+    """The token that the post-processor of a tokenizer.json puts before each text. Llama 3's early ones lack theirs."""
     last = plain.get("post_processor") or {"type": "ByteLevel"}
     begin = special.get(LLAMA_BEGIN)
     for step in last.get("processors", [last]):
@@ -414,18 +383,17 @@ def published_beginning(plain: dict, special: dict[str, int]) -> int | None:
 
 
 def published_pattern(plain: dict) -> str:
-    """The pattern that splits text as the pre-tokenizer of a tokenizer.json does. Raises ValueError, by name, for what
-    would change ids and is not supported."""
+    """The pattern that splits text as the pre-tokenizer of a tokenizer.json does."""
     model, first = plain["model"], plain["pre_tokenizer"] or {}
     steps = first.get("pretokenizers", [first])  # a sequence of steps, or one step on its own
     if model["type"] != "BPE" or "ByteLevel" not in [step.get("type") for step in steps]:
         raise ValueError("it is not byte-level BPE, the only kind that is supported")
-    if (normalizer := (plain.get("normalizer") or {"type": "NFC"})["type"]) != "NFC":  # nearly all text is in NFC
+    normalizer = (plain.get("normalizer") or {"type": "NFC"})["type"]
+    if normalizer != "NFC":  # which nearly all text is in
         raise ValueError(f"the normalizer {normalizer} is not supported")
-    refused = [(model, "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback")]
-    refused += [(token, "lstrip rstrip single_word") for token in plain["added_tokens"]]
-    for settings, names in refused:
-        for name in names.split():
+    refused = "dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback lstrip rstrip single_word"
+    for settings in (model, *plain["added_tokens"]):
+        for name in refused.split():
             if settings.get(name):
                 raise ValueError(f"{name} {settings[name]} is not supported ({settings.get('content', 'model')})")
     match steps:
@@ -462,25 +430,61 @@ def to_tokenizer_json(tokenizer: Tokenizer, begin: bool = False) -> dict:
     # The regular expressions there (Oniguruma) read {1,3}+ as a repetition and $ as the end of a line.
     pattern = tokenizer.pattern.replace("}+", "}").replace("$", r"\z")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     name = next(name for name, token in tokenizer.special.items() if token == tokenizer.begin)
     first, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     named = {name: {"id": name, "ids": [tokenizer.begin], "tokens": [name]}}
-    template = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, first, text]}
-    added = tokenizer.special | tokenizer.added
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    beginning = {"single": [first, text], "pair": [first, text, first, text], "special_tokens": named}
+    added, off = tokenizer.special | tokenizer.added, ("single_word", "lstrip", "rstrip", "normalized")
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": token, "content": text, "special": text in tokenizer.special}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            for text, token in added.items()
+            {"id": token, "content": name, "special": name in tokenizer.special, **dict.fromkeys(off, False)}
+            for name, token in added.items()
         ],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level] if merges else [byte_level]},
-        "post_processor": template | {"special_tokens": named} if begin else None,
+        "post_processor": {"type": "TemplateProcessing", **beginning} if begin else None,
         "decoder": byte_level,
         # Added tokens stand here too: where they do not, the library gives them other ids than those above.
         "model": {"type": "BPE", "vocab": vocab | added, "merges": merges},
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates of conversations, which chat.py writes
+
+
+class Template(NamedTuple):
+    """How a chat model expects a conversation."""
+
+    jinja: str  # a program in the language that Hugging Face uses for this
+    end: str  # the token with which the model ends its answer
+
+    def write(self, messages: list[dict], ask: bool) -> str:
+        """The text of messages {"role", "content"}. `ask` adds the beginning of the next answer. Raises ValueError if
+        the program fails."""
+        try:
+            return compiled(self.jinja).render(messages=messages, add_generation_prompt=ask, tools=None)
+        except Exception as error:  # noqa: BLE001 - a program can fail in any way
+            raise ValueError(f"its program ends with {type(error).__name__}: {error}") from error
+
+
+@cache
+def compiled(jinja: str):
+    """A program, as transformers runs it. It may be a stranger's, but in this sandbox it can only write text."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch installs it
+
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+    return ImmutableSandboxedEnvironment(**options).from_string(jinja)
+
+
+CHATML = Template(  # all models trained here
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{{- message['content'].rstrip() if message['role'] == 'assistant' else message['content'] | trim -}}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}",
+    "<|im_end|>",
+)
 
 
 def published_jinja(folder: Path) -> tuple[str | None, dict]:
@@ -497,17 +501,18 @@ def published_template(folder: Path, special: dict[str, int]) -> Template | str 
     if source is None:
         return None
     if isinstance(source, list):  # several, for several purposes
-        source = {each["name"]: each["template"] for each in source}["default"]
-    contents = ["Be brief.", "Hi.", "Hello.", "2+2?", "Four."]
-    roles = ["system", *("user", "assistant") * 2]
+        source = {each["name"]: each["template"] for each in source}.get("default")
+        if source is None:
+            return f"none of the chat templates of {folder.name} is the default one"
     fixed = {name: settings.get(name) for name in ("bos_token", "eos_token")}
-    fixed = {name: token["content"] if isinstance(token, dict) else token for name, token in fixed.items()}
     for name, value in (fixed | {"enable_thinking": False, "date_string": "26 Jul 2024"}).items():
+        value = value["content"] if isinstance(value, dict) else value  # a token with its settings
         line = f"{{%- set {name} = {json.dumps(value)} -%}}\n"
         if value is not None and name in source and line not in source:
             source = line + source
+    roles, contents = ("system", *("user", "assistant") * 2), ("Be brief.", "Hi.", "Hello.", "2+2?", "Four.")
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     try:
-        messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
         Template(source, "").write(messages[1:2], ask=True)
         text = Template(source, "").write(messages, ask=False)
         places = [text.find(content) for content in contents]
@@ -521,12 +526,20 @@ def published_template(folder: Path, special: dict[str, int]) -> Template | str 
         return f"the chat template of {folder.name} cannot be used: {error}"
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description="Show the tokens of a text.")
-    parser.add_argument("tokenizer", type=named_tokenizer, help="byte, gpt2, ..., or the folder of a run or a model")
+    parser.add_argument("tokenizer", help="byte, gpt2, ..., or the folder of a run or a model")
     parser.add_argument("text")
     args = parser.parse_args()
-    if isinstance(args.tokenizer, int):
+    try:
+        tokenizer = named_tokenizer(args.tokenizer)
+    except ValueError as error:
+        parser.error(str(error))
+    if isinstance(tokenizer, int):
         parser.error("bpe:N has no tokens before prepare.py has trained it: name a run")
-    for token in args.tokenizer.encode(args.text).tolist():
-        print(f"{token:7} {args.tokenizer.bytes_of(token)}")
+    for token in tokenizer.encode(args.text).tolist():
+        print(f"{token:7} {tokenizer.bytes_of(token)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -295,6 +295,17 @@ def test_a_tokenizer_without_them_gets_two_tokens_more_and_keeps_its_ids():
     assert old.ends == {256} and new.ends == {256, 258}
 
 
+def test_a_template_that_is_not_known_is_never_taken_for_chatml(tmp_path):
+    """That of a model tuned by a version that did not store it, or one of several without a name."""
+    plain = Tokenizer.of("old", BYTE.pattern, BYTES, {**BYTE.special, "<think>": 259}).to_dict()
+    del plain["template"]
+    named = published_chat(tmp_path / "theirs", ALWAYS_ASKS) / "tokenizer_config.json"
+    named.write_text(named.read_text().replace('"default"', '"other"'))
+    for tokenizer in Tokenizer.from_dict(plain), load_tokenizer(named.parent):
+        with pytest.raises(ValueError, match="template of old was not stored|none of the chat templates of theirs is"):
+            tokenizer.for_chat()
+
+
 # ---- the default conversations
 
 

@@ -149,6 +149,13 @@ def test_a_second_copy_of_a_tied_head_is_passed_over(golden):
     assert model.head.weight is model.embedding.weight
 
 
+def test_the_factor_of_a_scaling_that_is_none_has_no_effect(golden):
+    folder, tokens, logits = golden("llama")
+    config = json.loads((folder / "config.json").read_text()) | {"rope_scaling": {"type": "default", "factor": 4.0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert (load(folder)(tokens) - logits).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("family, config, weights, told", [
     *((family, {name: value}, {}, f"{name} of .* is {re.escape(repr(value))}") for family, name, value in (
         ("gpt2", "scale_attn_weights", False), ("gpt2", "scale_attn_by_inverse_layer_idx", True),
