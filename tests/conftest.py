@@ -239,3 +239,9 @@ def assert_same(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+def assert_same_states(one: Path, other: Path, step: int) -> None:
+    """Two runs have the same weights and optimizer state at a step."""
+    for kind in ("model", "optimizer"):
+        assert_same(state_of(one, step)[kind], state_of(other, step)[kind])
