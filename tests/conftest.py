@@ -185,6 +185,10 @@ def wait_for_step(run: Path, step: int) -> None:
     pytest.fail(f"step {step} was not reached")
 
 
+TORCHRUN = [sys.executable, *split("-m torch.distributed.run --standalone --nproc_per_node=2")]
+RESTARTS = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # its environment
+
+
 def workers(torchrun: subprocess.Popen) -> list[int]:
     """The process ids of the ranks that a torchrun has started."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()

@@ -29,7 +29,7 @@ from shlex import split
 from statistics import median
 
 import torch
-from conftest import ROOT, TINY, words, workers
+from conftest import RESTARTS, ROOT, TINY, TORCHRUN, words, workers
 from nodes import flaky_nodes, linked_nodes
 
 import prepare
@@ -42,8 +42,6 @@ from published import load_model
 QUICK = [*TINY, *split("--data set --steps 1000000 --warmup 0 --dropout 0.1 --log_every 1")]
 QUICK += split("--eval_every 1000000 --save_every 1000000")
 ALONE = [sys.executable]
-TORCHRUN = [*ALONE, *split("-m torch.distributed.run --standalone --nproc_per_node=2")]
-RESTARTS = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def start(run: str, flags: str, launcher: list[str] = ALONE, until: int = 0, output=subprocess.PIPE):
