@@ -334,13 +334,13 @@ def fuzz(n: int) -> Iterator[bool]:
             if record:
                 digest = f'"{hashlib.sha256(mutant).hexdigest()}"'
                 Path(record).write_text(re.sub('"[0-9a-f]{64}"', digest, signed, count=1))
+            problem = None
             try:
                 accepted += not refused(read)
-                traceback = None
             except BaseException as error:  # noqa: BLE001
-                traceback = f"{type(error).__name__}: {str(error)[:200]}"
-                print(f"      {path}: {traceback}")
-            yield not traceback
+                problem = f"      {path}: {type(error).__name__}: {str(error)[:200]}"
+                print(problem)
+            yield problem is None
         path.write_bytes(whole)
         if record:
             Path(record).write_text(signed)

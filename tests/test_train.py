@@ -138,9 +138,7 @@ def test_the_gradient_is_clipped_to_its_maximum_norm_and_not_at_all_with_zero(tr
 def test_recomputed_activations_change_no_bit_and_each_block_runs_twice(trained, monkeypatch):
     """With dropout and experts, whose routing is computed twice as well."""
     forward, calls = Block.forward, []
-    monkeypatch.setattr(
-        Block, "forward", lambda self, *inputs: calls.append(torch.is_grad_enabled()) or forward(self, *inputs)
-    )
+    monkeypatch.setattr(Block, "forward", lambda *given: calls.append(torch.is_grad_enabled()) or forward(*given))
     flags = "--steps 3 --dropout 0.2 --n_expert 4 --lr 1e-2"
     kept, once = trained("kept", flags), sum(calls)
     again = trained("again", flags + " --recompute")
@@ -645,22 +643,19 @@ WRONG = ["steps 0", "momentum 1.5", "skip_bad_steps -1", "warmup nan", "lr nan",
 WRONG += [f"seed {10**23}", "grad_clip -1.0", "timeout nan", "stop_at 999", "device meta", "device abacus"]
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (["--no_such_flag", 1], "--no_such_flag"), (["--steps", "many"], "--steps"),
-    *((split(f"--{wrong}"), wrong) for wrong in WRONG), (["--preset", "gpt9"], "gpt9"),
-    (["--data", "data/nowhere"], "data/nowhere"), (["--config", "nowhere.json"], "nowhere.json"),
-    (["--resume"], "there is no checkpoint in runs/"), (["--init", "nowhere"], "no checkpoint"),
-    (["--batch_tokens", 100], "use 64 or 128"), (["--batch_tokens", 10], "use 64"),
-    (["--n_embd", 30, "--n_head", 4], "n_embd 30 is not divisible by n_head 4"),
-    (["--vocab_size", 100], "vocabulary of 100"),
-    (["--seq_len", 4096, "--batch_tokens", 16384], "4096 tokens: use --seq_len 1024, or add text"),
-    (["--warmup", 0.7, "--decay", 0.7], "warmup 0.7"), (["--out", "/proc/nowhere"], "/proc/nowhere"),
-    (["--out", ""], "--out is empty"), (["--out", "x" * 300], "File name too long"),
-    (["--out", "x" * 300, "--resume"], "File name too long"), (["--init", "x" * 300], "File name too long"),
-    (["--shard", 2], "1 processes cannot be divided into groups of --shard 2"),
+@pytest.mark.parametrize("flags, told", [
+    *((f"--{wrong}", wrong) for wrong in WRONG), ("--no_such_flag 1", "--no_such_flag"), ("--steps many", "--steps"),
+    ("--preset gpt9", "gpt9"), ("--data data/nowhere", "data/nowhere"), ("--config nowhere.json", "nowhere.json"),
+    ("--resume", "there is no checkpoint in runs/"), ("--init nowhere", "no checkpoint"),
+    ("--batch_tokens 100", "use 64 or 128"), ("--batch_tokens 10", "use 64"), ("--vocab_size 100", "vocabulary of 100"),
+    ("--n_embd 30 --n_head 4", "n_embd 30 is not divisible by n_head 4"), ("--warmup 0.7 --decay 0.7", "warmup 0.7"),
+    ("--seq_len 4096 --batch_tokens 16384", "4096 tokens: use --seq_len 1024, or add text"),
+    *((name + "x" * 300, "File name too long") for name in ("--out ", "--resume --out ", "--init ")),
+    ("--out /proc/nowhere", "/proc/nowhere"), ("--out ''", "--out is empty"),
+    ("--shard 2", "1 processes cannot be divided into groups of --shard 2"),
 ])
-def test_bad_input_is_one_sentence_before_the_first_step(refused, data, tmp_path, arguments, told):
-    assert told in refused(train, *TINY, "--data", data, *arguments)
+def test_bad_input_is_one_sentence_before_the_first_step(refused, data, tmp_path, flags, told):
+    assert told in refused(train, *TINY, "--data", data, *split(flags))
     assert not list(tmp_path.iterdir())
 
 
