@@ -65,16 +65,14 @@ def time_cache(model, tokenizer) -> None:
     for name, keep in (("kept", True), ("cold", False)):
         cache, messages, speeds = KVCache(model.config, 1, dtype=model.embedding.weight.dtype), [], []
         for turn in range(40):
-            question = f"Tell me about the number {turn}, please, in a short sentence."
-            messages.append({"role": "user", "content": question})
+            messages.append({"role": "user", "content": f"Tell me about number {turn}, please, in a short sentence."})
             ids = render(tokenizer, messages, ask=True)[0].tolist()
             if len(ids) + 16 > min(model.config.seq_len, 2048):
                 break
             start = time.perf_counter()
             steps = continuations(model, tokenizer, ids, 1, 16, temperature=0, cache=cache if keep else None)
-            text = "".join(text for (text,) in steps)
+            messages.append({"role": "assistant", "content": "".join(text for (text,) in steps)})
             speeds.append(16 / (time.perf_counter() - start))
-            messages.append({"role": "assistant", "content": text})
         print(f"{name} cache: {speeds[0]:.1f} tokens/s in the first turn, {speeds[-1]:.1f} in turn {len(speeds)}")
 
 
@@ -86,7 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer, *_ = load_model(args.source)
     model.float().eval()
-    (time_cache if args.cache else lambda *pair: report(*pair, args.n))(model, tokenizer)
+    time_cache(model, tokenizer) if args.cache else report(model, tokenizer, args.n)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,10 @@ def wait_for_step(run: Path, step: int) -> None:
     pytest.fail(f"step {step} was not reached")
 
 
+TORCHRUN = [sys.executable, *split("-m torch.distributed.run --standalone --nproc_per_node=2")]
+RESTARTS = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # its environment
+
+
 def workers(torchrun: subprocess.Popen) -> list[int]:
     """The process ids of the ranks that a torchrun has started."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
@@ -239,3 +243,9 @@ def assert_same(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+def assert_same_states(one: Path, other: Path, step: int) -> None:
+    """Two runs have the same weights and optimizer state at a step."""
+    for kind in ("model", "optimizer"):
+        assert_same(state_of(one, step)[kind], state_of(other, step)[kind])

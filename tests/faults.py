@@ -3,8 +3,8 @@
     python tests/faults.py                          all of them, about half an hour on two cores
     python tests/faults.py --kill 50 --fuzz 2000    these two
 
-Each line says how often a fault was caused and how often it ended otherwise than it should; the exit status is the
-number of such lines.
+Each line says how often a fault was caused, what should follow, and how often something else did; the exit status is
+the number of lines with something else.
 """
 
 import argparse
@@ -25,27 +25,37 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from shlex import split
+from statistics import median
 
 import torch
-from conftest import ROOT, TINY, words, workers
+from conftest import RESTARTS, ROOT, TINY, TORCHRUN, words, workers
 from nodes import flaky_nodes, linked_nodes
 
 import prepare
 import published
 import train
 from checkpoint import load_checkpoint
+from prepare import load_dataset
 from published import load_model
 
-QUICK = [*TINY, "--data", "set", "--eval_every", "1000000", "--log_every", "1", "--dropout", "0.1"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-RESTARTS = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+QUICK = [*TINY, *split("--data set --steps 1000000 --warmup 0 --dropout 0.1 --log_every 1")]
+QUICK += split("--eval_every 1000000 --save_every 1000000")
+ALONE = [sys.executable]
 
 
-def start(*arguments, torchrun: list[str] | None = None, node: list[str] | None = None) -> subprocess.Popen:
-    launcher = node or ([sys.executable] if torchrun is None else TORCHRUN + torchrun)
-    command = [*launcher, str(ROOT / "train.py"), *QUICK, *map(str, arguments)]
-    output = open("nodes.log", "ab") if node else subprocess.PIPE
-    return subprocess.Popen(command, env=RESTARTS, stdout=output, stderr=subprocess.STDOUT, encoding="utf-8")
+def start(run: str, flags: str, launcher: list[str] = ALONE, until: int = 0, output=subprocess.PIPE):
+    """Start to train, and wait until the log has step `until`."""
+    command = [*launcher, str(ROOT / "train.py"), *QUICK, "--out", run, *split(flags)]
+    process = subprocess.Popen(command, env=RESTARTS, stdout=output, stderr=subprocess.STDOUT, encoding="utf-8")
+    wait_for_step(process, run, until)
+    return process
+
+
+def finish(run: str, flags: str, launcher: list[str] = ALONE) -> dict:
+    """Train without a fault. Returns the newest checkpoint."""
+    start(run, flags, launcher).communicate()
+    return newest(run)
 
 
 def last_step(run: str) -> int:
@@ -55,14 +65,12 @@ def last_step(run: str) -> int:
         return 0
 
 
-def n_ranks() -> int:
-    """The number of ranks that the nodes last announced."""
-    return int(re.findall(r"^ranks +(\d+) on", Path("nodes.log").read_text(errors="replace"), re.MULTILINE)[-1])
-
-
-def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
+def wait_for_step(process: subprocess.Popen, run: str, step: int) -> float:
+    """Returns the seconds that it took."""
+    began = time.monotonic()
     while process.poll() is None and last_step(run) < step:
         time.sleep(0.01)
+    return time.monotonic() - began
 
 
 def newest(run: str) -> dict:
@@ -70,154 +78,134 @@ def newest(run: str) -> dict:
         return load_checkpoint(run)[0]
 
 
+def is_saved(run: str) -> bool:
+    """Whether the last step that was logged is on disk."""
+    return newest(run)["step"] == last_step(run)
+
+
 def same(a: dict, b: dict) -> bool:
     return all(torch.equal(a[kind][name], b[kind][name]) for kind in ("model", "optimizer") for name in a[kind])
 
 
-def straight(steps: int) -> dict:
-    shutil.rmtree("straight", ignore_errors=True)
-    start("--out", "straight", "--steps", steps).communicate()
-    return newest("straight")
+# ---- Each fault yields whether what followed was right, at least once each time
 
 
-def kills(n: int) -> tuple[int, str]:
-    """kill -9 at random instants of a run that saves at each step, which is resumed each time."""
-    lost = step = 0
+def kills(n: int) -> Iterator[bool]:
+    """kill -9 at random instants of a run that saves at each step, which is resumed: no checkpoint is lost, and the
+    final bits are those of a run without"""
+    step = 0
     for _ in range(n):
-        process = start("--out", "killed", "--steps", 100 * n, "--save_every", 1, "--resume", "--stop_at", 100 * n)
-        wait_for_step(process, "killed", step + 2)
+        process = start("killed", "--resume --save_every 1", until=step + 2)
         time.sleep(random.uniform(0, 0.3))
         process.kill()
         process.communicate()
-        lost += newest("killed")["step"] < last_step("killed") - 2  # one is being written, one being computed
         step = newest("killed")["step"]
-    start("--out", "killed", "--resume", "--steps", 100 * n, "--stop_at", step + 1).communicate()
-    start("--out", "straight", "--steps", 100 * n, "--stop_at", step + 1).communicate()
-    equal = same(newest("killed"), newest("straight"))
-    return lost + (not equal), f"{n} kills: {lost} checkpoints lost; step {step + 1} bit for bit as without: {equal}"
+        yield step >= last_step("killed") - 2  # one is being written, one being computed
+    stop = f"--stop_at {step + 1}"
+    yield same(finish("killed", f"--resume {stop}"), finish("not-killed", stop))
 
 
-def resumes(n: int) -> tuple[int, str]:
-    """Stop and resume n times, across the end of an epoch."""
+def resumes(n: int) -> Iterator[bool]:
+    """stop and resume, across the end of an epoch: the final bits are those of a run that never stopped"""
     for i in range(n):
-        start("--out", "resumed", "--steps", 10 * n, "--stop_at", 10 * (i + 1), "--resume").communicate()
-    equal = same(newest("resumed"), straight(10 * n))
-    return not equal, f"{n} resumes: same final bits as a straight run: {equal}"
+        state = finish("resumed", f"--resume --steps {12 * n} --stop_at {12 * (i + 1)}")
+    yield same(state, finish("straight", f"--steps {12 * n}"))
 
 
-def flips(n: int) -> tuple[int, str]:
-    """Flip one bit of the newest checkpoint."""
-    start("--out", "flipped", "--steps", 2, "--save_every", 1).communicate()
+def flips(n: int) -> Iterator[bool]:
+    """one bit of the newest checkpoint flipped: it is noticed, and the checkpoint before taken"""
+    finish("flipped", "--stop_at 2 --save_every 1")
     path = Path("flipped/step-00000002.pt")
-    whole, missed = path.read_bytes(), 0
+    whole = path.read_bytes()
     for _ in range(n):
         damaged = bytearray(whole)
         damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
         path.write_bytes(damaged)
-        missed += newest("flipped")["step"] != 1
-    return missed, f"{n} flipped bits: {n - missed} noticed, the checkpoint before taken"
+        yield newest("flipped")["step"] == 1
 
 
-def signals(n: int) -> tuple[int, str]:
-    """SIGTERM or SIGINT to torchrun, SIGUSR1 to one of two ranks, at random instants."""
-    wrong = 0
+def signals(n: int) -> Iterator[bool]:
+    """SIGTERM or SIGINT to torchrun, SIGUSR1 to one of two ranks: all save the step that they have made"""
     for i in range(n):
-        shutil.rmtree("signalled", ignore_errors=True)
-        process = start("--out", "signalled", "--steps", 10**6, "--save_every", 10**6, torchrun=[])
-        wait_for_step(process, "signalled", 3)
+        process = start(run := f"signalled{i}", "", TORCHRUN, until=3)
         time.sleep(random.uniform(0, 0.2))
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[i % 3]
         os.kill(workers(process)[i % 2] if number == signal.SIGUSR1 else process.pid, number)
         process.communicate()
-        wrong += newest("signalled")["step"] != last_step("signalled")
-    return wrong, f"{n} signals: {n - wrong} times all ranks saved the step that they had made"
+        yield is_saved(run)
 
 
-def killed_ranks(n: int) -> tuple[int, str]:
-    """kill -9 one rank of two; torchrun restarts both."""
-    wrong, seconds, wanted = 0, [], straight(120)
-    flags = ["--out", "restarted", "--steps", 120, "--save_every", 5, "--resume"]
+def killed_ranks(n: int) -> Iterator[bool]:
+    """kill -9 of one rank of two, which torchrun restarts: the run ends with the bits of one without"""
+    seconds, wanted, launcher = [], finish("whole", "--steps 120", TORCHRUN), [*TORCHRUN, "--max-restarts=3"]
     for i in range(n):
-        shutil.rmtree("restarted", ignore_errors=True)
-        process = start(*flags, torchrun=["--max-restarts=3"])
-        wait_for_step(process, "restarted", 20)
+        process = start(run := f"restarted{i}", "--resume --steps 120 --save_every 5", launcher, until=20)
         os.kill(workers(process)[i % 2], signal.SIGKILL)
-        began = time.monotonic()
-        wait_for_step(process, "restarted", last_step("restarted") + 1)
-        seconds.append(time.monotonic() - began)
+        seconds.append(wait_for_step(process, run, last_step(run) + 1))
         process.communicate()
-        state = newest("restarted")
-        close = [torch.allclose(state["model"][name], wanted["model"][name], atol=0.1) for name in wanted["model"]]
-        wrong += process.returncode != 0 or state["step"] != 120 or not all(close)
-    return wrong, f"{n} killed ranks: {n - wrong} runs completed; back at work after {sorted(seconds)[n // 2]:.0f} s"
+        yield process.returncode == 0 and same(newest(run), wanted)
+    print(f"      back at work after {median(seconds):.0f} s")
 
 
-def orphans(n: int) -> tuple[int, str]:
-    """kill -9 torchrun itself: its ranks save and leave."""
-    left = 0
-    for _ in range(n):
-        shutil.rmtree("orphaned", ignore_errors=True)
-        process = start("--out", "orphaned", "--steps", 10**6, torchrun=[])
-        wait_for_step(process, "orphaned", 5)
+def orphans(n: int) -> Iterator[bool]:
+    """kill -9 of torchrun itself: its ranks save their step and are gone after 10 s"""
+    for i in range(n):
+        process = start(run := f"orphaned{i}", "", TORCHRUN, until=5)
         ranks = workers(process)
         process.kill()
         time.sleep(10)
-        for pid in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                left += 1
+        left = [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
         process.communicate()
-        left += newest("orphaned")["step"] != last_step("orphaned")
-    return left, f"{n} killed torchruns: {left} ranks left after 10 s, or steps lost"
+        yield not left and is_saved(run)
 
 
-def lost_nodes(n: int) -> tuple[int, str]:
-    """Kill all processes of one node of two and cut its link; later start it again (needs root and iproute2)."""
-    flags = ["--out", "left", "--steps", 10**6, "--save_every", 20, "--resume", "--timeout", 10]
-    wrong, alone, back = 0, [], []
-    for _ in range(n):
-        shutil.rmtree("left", ignore_errors=True)
-        with linked_nodes(1e9) as (head, other):
+def lost_nodes(n: int) -> Iterator[bool]:
+    """one node of two loses its processes and its link, and comes back: the other goes on alone, then both"""
+    alone, back, flags = [], [], "--save_every 20 --resume --timeout 10"
+    for i in range(n):
+        run, log = f"left{i}", Path(f"left{i}.log")
+
+        def n_ranks(log=log) -> int:
+            """As last announced."""
+            return int(re.findall(r"^ranks +(\d+) on", log.read_text(errors="replace"), re.MULTILINE)[-1])
+
+        with linked_nodes(1e9) as (head, other), log.open("ab") as output:
             launchers = [node.torchrun("1:2", "--max-restarts=3") for node in (head, other)]
-            Path("nodes.log").unlink(missing_ok=True)
-            staying, lost = (start(*flags, node=launcher) for launcher in launchers)
-            wait_for_step(staying, "left", 40)
+            staying, lost = (start(run, flags, launcher, output=output) for launcher in launchers)
+            wait_for_step(staying, run, 40)
             for pid in (*workers(lost), lost.pid):
                 os.kill(pid, signal.SIGKILL)
             other.ip("-n {name} link set link0 down")
             lost.wait()
-            began = time.monotonic()
             time.sleep(2)  # the steps that were being made
-            wait_for_step(staying, "left", last_step("left") + 1)
-            alone.append(time.monotonic() - began)
-            wrong += n_ranks() != 1
+            alone.append(2 + wait_for_step(staying, run, last_step(run) + 1))
+            yield n_ranks() == 1
 
             other.ip("-n {name} link set link0 up")
             began = time.monotonic()
-            returned = start(*flags, node=launchers[1])
+            returned = start(run, flags, launchers[1], output=output)
             while staying.poll() is None and returned.poll() is None and n_ranks() != 2:
                 time.sleep(0.1)
             back.append(time.monotonic() - began)
-            wait_for_step(staying, "left", last_step("left") + 20)
+            wait_for_step(staying, run, last_step(run) + 20)
             for process in (staying, returned):
                 process.send_signal(signal.SIGTERM)
                 process.wait()
-            wrong += newest("left")["step"] != last_step("left") or n_ranks() != 2
-    times = f"one node alone after {sorted(alone)[n // 2]:.0f} s, both again after {sorted(back)[n // 2]:.0f} s"
-    return wrong, f"{n} lost nodes: {times}"
+            yield is_saved(run) and n_ranks() == 2
+    print(f"      one node alone after {median(alone):.0f} s, both again after {median(back):.0f} s")
 
 
-def flaky_links(n: int) -> tuple[int, str]:
-    """Train on two nodes whose link takes 50 ms and loses one packet of a hundred (needs root and iproute2)."""
-    start("--out", "near", "--steps", 10, torchrun=[]).communicate()
-    wrong = 0
-    for _ in range(n):
-        shutil.rmtree("far", ignore_errors=True)
+def flaky_links(n: int) -> Iterator[bool]:
+    """two nodes whose link takes 50 ms and loses one packet of a hundred: the bits are those of a run without it"""
+    near = finish("near", "--stop_at 10", TORCHRUN)
+    for i in range(n):
         with flaky_nodes(0.05, 0.01) as nodes:
-            ranks = [start("--out", "far", "--steps", 10, node=node.torchrun("2")) for node in nodes]
-            statuses = [rank.wait() for rank in ranks]
-        wrong += statuses != [0, 0] or not same(newest("far"), newest("near"))
-    return wrong, f"{n} runs over a link of 50 ms that loses 1%: {n - wrong} ended with the bits of one without it"
+            ranks = [start(f"far{i}", "--stop_at 10", node.torchrun("2")) for node in nodes]
+            for rank in ranks:
+                rank.communicate()
+        yield [rank.returncode for rank in ranks] == [0, 0] and same(newest(f"far{i}"), near)
 
 
 def strays(run: str) -> list[Path]:
@@ -227,92 +215,75 @@ def strays(run: str) -> list[Path]:
     return [path for path in Path(run).glob("step-*.pt*") if path.name not in named]
 
 
-def wait_for_save(process: subprocess.Popen, run: str, step: int) -> list[int]:
-    """Wait until a checkpoint after `step` is being written. Returns the process ids of the ranks."""
-    wait_for_step(process, run, step)
+def wait_for_save(process: subprocess.Popen, run: str) -> list[int]:
+    """Wait until a checkpoint is being written. Returns the process ids of the ranks."""
     ranks = workers(process)
     while process.poll() is None and not any(Path(run).glob("*.partial")):
         pass
     return ranks
 
 
-def killed_saves(n: int) -> tuple[int, str]:
-    """kill -9 one of two ranks that share a model in a save: the one before is whole, and what is left goes."""
-    flags = ["--shard", 2, "--steps", 10**6, "--save_every", 1, "--eval_every", 2]
-    lost = step = left = 0
+def killed_saves(n: int) -> Iterator[bool]:
+    """kill -9 of one of two ranks that share a model, in a save: the one before is whole, and what is left goes"""
+    flags, step, left = "--resume --shard 2 --save_every 1 --eval_every 2", 0, 0
     for i in range(n):
-        process = start("--out", "parts", *flags, "--resume", torchrun=[])
-        os.kill(wait_for_save(process, "parts", step + 4)[i % 2], signal.SIGKILL)
+        process = start("parts", flags, TORCHRUN, until=step + 4)
+        os.kill(wait_for_save(process, "parts")[i % 2], signal.SIGKILL)
         process.communicate()
-        lost += newest("parts")["step"] < last_step("parts") - 3
         newest("parts/best.json")  # raises ValueError if it is not whole
         left += bool(strays("parts"))
         step = newest("parts")["step"]
-    for run in ("parts", "whole"):
-        start("--out", run, *flags, "--resume", "--stop_at", step + 1, torchrun=[]).communicate()
-    equal = same(newest("parts"), newest("whole")) and not strays("parts")
-    told = f"{lost} checkpoints lost, {left} times files to remove; step {step + 1} bit for bit as without: {equal}"
-    return lost + (not equal), f"{n} ranks killed in a save: {told}"
+        yield step >= last_step("parts") - 3
+    print(f"      {left} times files to remove")
+    parts, unkilled = (finish(run, f"{flags} --stop_at {step + 1}", TORCHRUN) for run in ("parts", "unkilled"))
+    yield same(parts, unkilled) and not strays("parts")
 
 
-def full_disks(n: int) -> tuple[int, str]:
-    """One of two ranks that share a model cannot write: no checkpoint counts until it can."""
-    wrong = 0
-    for _ in range(n):
-        shutil.rmtree("full", ignore_errors=True)
-        process = start("--out", "full", "--shard", 2, "--steps", 10**6, "--save_every", 5, torchrun=[])
-        wait_for_step(process, "full", 12)
+def full_disks(n: int) -> Iterator[bool]:
+    """a disk that is full for one of two ranks that share a model: no checkpoint counts until it can write again"""
+    for i in range(n):
+        process = start(run := f"full{i}", "--shard 2 --save_every 5", TORCHRUN, until=12)
         rank = workers(process)[1]  # not 0, which also writes the log
         resource.prlimit(rank, resource.RLIMIT_FSIZE, (1000, -1))
-        wait_for_step(process, "full", (step := last_step("full")) + 20)
-        wrong += not 5 <= newest("full")["step"] <= step + 1
+        wait_for_step(process, run, (step := last_step(run)) + 20)
+        yield 5 <= newest(run)["step"] <= step + 1
         resource.prlimit(rank, resource.RLIMIT_FSIZE, (-1, -1))
-        wait_for_step(process, "full", last_step("full") + 10)
-        wrong += newest("full")["step"] <= step + 1
+        wait_for_step(process, run, last_step(run) + 10)
+        yield newest(run)["step"] > step + 1
         process.terminate()
         process.communicate()
-        wrong += newest("full")["step"] != last_step("full") or bool(strays("full"))
-    return wrong, f"{n} disks that were full for one of two ranks: {wrong} checkpoints with a missing or torn part"
+        yield is_saved(run) and not strays(run)
 
 
-def old_parts(n: int) -> tuple[int, str]:
-    """Stop one of two ranks in a save, go on without it, then let it finish: no part of another attempt counts."""
-    wrong, flags = 0, ["--out", "old", "--shard", 2, "--steps", 10**6, "--save_every", 1, "--resume", "--stop_at"]
-    for _ in range(n):
-        shutil.rmtree("old", ignore_errors=True)
-        process = start(*flags, 10**6, torchrun=[])
-        others, stopped = wait_for_save(process, "old", 5)
+def old_parts(n: int) -> Iterator[bool]:
+    """one of two ranks stopped in a save, which ends when a later run has gone on: no part of it counts or stays"""
+    flags = "--resume --shard 2 --save_every 1"
+    for i in range(n):
+        process = start(run := f"old{i}", flags, TORCHRUN, until=5)
+        other, stopped = wait_for_save(process, run)
         os.kill(stopped, signal.SIGSTOP)
-        for pid in (process.pid, others):
+        for pid in (process.pid, other):
             os.kill(pid, signal.SIGKILL)
-        stop_at = newest("old")["step"] + 5
-        start(*flags, stop_at, torchrun=[]).communicate()
-        state = newest("old")
-        for i, part in enumerate(Path("old").glob(f"step-{stop_at - 1:08d}*.pt"), 1):  # as if of the newest step
-            shutil.copy(part, f"old/step-{stop_at:08d}.{i}-of-2.0123abcd.pt")
+        stop_at = newest(run)["step"] + 5
+        state = finish(run, f"{flags} --stop_at {stop_at}", TORCHRUN)
+        for part, path in enumerate(Path(run).glob(f"step-{stop_at - 1:08d}*.pt"), 1):  # as if of the newest step
+            shutil.copy(path, f"{run}/step-{stop_at:08d}.{part}-of-2.0123abcd.pt")
         os.kill(stopped, signal.SIGCONT)
         process.communicate()  # which ends with the last that holds the pipe
-        wrong += state["step"] != stop_at or not same(newest("old"), state)
-        start(*flags, stop_at + 1, torchrun=[]).communicate()
-        wrong += newest("old")["step"] != stop_at + 1 or bool(strays("old"))
-    return wrong, f"{n} ranks that came back with parts of another attempt: {wrong} times one of them counted or stayed"
+        yield state["step"] == stop_at and same(newest(run), state)
+        yield finish(run, f"{flags} --stop_at {stop_at + 1}", TORCHRUN)["step"] == stop_at + 1 and not strays(run)
 
 
-def prepares(n: int) -> tuple[int, str]:
-    """kill -9 prepare.py at random instants: no data set, or a whole one."""
+def prepares(n: int) -> Iterator[bool]:
+    """kill -9 of prepare.py at random instants: no data set is there, or a whole one"""
     Path("long.txt").write_text(Path("text.txt").read_text() * 200)
-    command, half = [sys.executable, str(ROOT / "prepare.py"), "long.txt", "--out", "cut", "--tokenizer", "byte"], 0
-    for _ in range(n):
-        shutil.rmtree("cut", ignore_errors=True)
+    for i in range(n):
+        command = [*ALONE, str(ROOT / "prepare.py"), *split(f"long.txt --out cut{i} --tokenizer byte")]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         time.sleep(random.uniform(0.2, 2))
         process.kill()
         process.wait()
-        if Path("cut/meta.json").exists():
-            prepare.load_dataset("cut")
-        else:
-            half += not refused(lambda: prepare.load_dataset("cut"))
-    return half, f"{n} killed preparations: {half} half data sets accepted"
+        yield refused(lambda i=i: load_dataset(f"cut{i}")) != Path(f"cut{i}/meta.json").exists()
 
 
 def refused(read: Callable) -> bool:
@@ -331,32 +302,23 @@ def mutants(whole: bytes, n: int) -> Iterator[bytes]:
     """Random bytes, the file cut short, bytes and numbers in it changed."""
     digits = [i for i in range(len(whole)) if whole[i : i + 1].isdigit()] or [0]
     for i in range(n):
-        cut = random.randrange(len(whole))
-        if i % 4 == 0:
-            yield random.randbytes(random.randrange(2000))
-        elif i % 4 == 1:
-            yield whole[:cut]
-        elif i % 4 == 2:
-            changed = bytearray(whole)
-            for _ in range(random.randrange(1, 8)):
-                changed[random.randrange(len(whole))] = random.randrange(256)
-            yield bytes(changed)
-        else:
-            at = random.choice(digits)
-            other = random.choice([b"99999999999999", b"-1", b"null", b'"x"', b"1e99", b"[]"])
-            yield whole[:at] + other + whole[at + 1 :]
+        changed, at = bytearray(whole), random.choice(digits)
+        for _ in range(random.randrange(1, 8)):
+            changed[random.randrange(len(whole))] = random.randrange(256)
+        number = random.choice([b"99999999999999", b"-1", b"null", b'"x"', b"1e99", b"[]"])
+        cut, noise = whole[: random.randrange(len(whole))], random.randbytes(random.randrange(2000))
+        yield (noise, cut, bytes(changed), whole[:at] + number + whole[at + 1 :])[i % 4]
 
 
-def fuzz(n: int) -> tuple[int, str]:
-    """Damage each file that is read, its SHA-256 made to match again: it is read, or refused with one sentence."""
-    start("--out", "fuzzed", "--steps", 1).communicate()
+def fuzz(n: int) -> Iterator[bool]:
+    """a file that is read is damaged, and its SHA-256 made to match: it is read, or refused with one sentence"""
+    finish("fuzzed", "--stop_at 1")
     model, tokenizer, *_ = load_model("fuzzed")
     Path("published").mkdir()
     published.save_published(Path("published"), model.config, model.state_dict())
     published.save_published_tokenizer(Path("published"), tokenizer)
     shutil.copy("fuzzed/config.json", "config.json")
-    data = partial(prepare.load_dataset, "set")
-    run, folder = partial(load_model, "fuzzed"), partial(load_model, "published")
+    run, folder, data = partial(load_model, "fuzzed"), partial(load_model, "published"), partial(load_dataset, "set")
     readers = [  # a file, what reads it, and the file that holds its SHA-256
         ("fuzzed/step-00000001.pt", run, "fuzzed/step-00000001.json"), ("fuzzed/step-00000001.json", run, None),
         ("set/train-00000.npy", data, "set/meta.json"), ("set/meta.json", data, None),
@@ -364,7 +326,7 @@ def fuzz(n: int) -> tuple[int, str]:
         *((f"published/{name}", folder, None) for name in ("config.json", "model.safetensors", "tokenizer.json")),
     ]
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-    wrong = accepted = 0
+    accepted = 0
     for name, read, record in readers:
         path, whole, signed = Path(name), Path(name).read_bytes(), record and Path(record).read_text()
         for mutant in mutants(whole, -(-n // len(readers))):
@@ -372,16 +334,18 @@ def fuzz(n: int) -> tuple[int, str]:
             if record:
                 digest = f'"{hashlib.sha256(mutant).hexdigest()}"'
                 Path(record).write_text(re.sub('"[0-9a-f]{64}"', digest, signed, count=1))
+            problem = None
             try:
                 accepted += not refused(read)
             except BaseException as error:  # noqa: BLE001
-                wrong += 1
-                print(f"  {path}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+                problem = f"      {path}: {type(error).__name__}: {str(error)[:200]}"
+                print(problem)
+            yield problem is None
         path.write_bytes(whole)
         if record:
             Path(record).write_text(signed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return wrong, f"{n} damaged files: {wrong} tracebacks, {accepted} harmless, at most {peak:.1f} GB of memory"
+    print(f"      {accepted} harmless, at most {peak:.1f} GB of memory")
 
 
 FAULTS = {
@@ -390,12 +354,15 @@ FAULTS = {
     "save": (killed_saves, 10), "full": (full_disks, 3), "old": (old_parts, 3),
     "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
 }
+NODES = {"node", "link"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (cause, n) in FAULTS.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{cause.__doc__.split(':')[0]} ({n} times)")
+        needs = "; needs root and iproute2" if name in NODES else ""
+        what = cause.__doc__.split(":")[0]
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} ({n} times{needs})")
     asked = {name: n for name, n in vars(parser.parse_args()).items() if n is not None}
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -405,11 +372,13 @@ def main() -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             prepare.prepare(["text.txt"], "set", "byte", 0.1)
         for name, n in (asked or {name: n for name, (_, n) in FAULTS.items()}).items():
-            if name in ("node", "link") and (os.geteuid() or not shutil.which("ip")):
+            if name in NODES and (os.geteuid() or not shutil.which("ip")):
                 print(f"--{name} needs root and iproute2: left out")
                 continue
-            wrong, told = FAULTS[name][0](n)
-            print(f"{'WRONG ' if wrong else 'ok    '}{told}", flush=True)
+            cause = FAULTS[name][0]
+            wrong = [*cause(n)].count(False)
+            told = " ".join(cause.__doc__.split())
+            print(f"{'WRONG' if wrong else 'ok   '} {n} x {told}. Otherwise: {wrong}", flush=True)
             bad += bool(wrong)
         os.chdir(ROOT)
     sys.exit(bad)

@@ -5,7 +5,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,8 @@ from textwrap import dedent
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLOPS, Ranks, assert_same, kill, rows, state_of, wait_for_step, words, workers
+from conftest import RESTARTS, ROOT, TINY, TINY_FLOPS, TORCHRUN, Ranks, assert_same, assert_same_states, kill, rows
+from conftest import state_of, wait_for_step, words, workers
 
 import prepare
 import train
@@ -44,11 +44,10 @@ ON_RANK_1 = """
 @pytest.fixture(scope="module", autouse=True)
 def slow_faults(data, tmp_path_factory):
     """Faults that take long because of waiting, caused while the other tests run."""
+    folder = tmp_path_factory.mktemp
     with ThreadPoolExecutor() as pool:
-        causes = {"kill": pool.submit(kill_rank, data, tmp_path_factory.mktemp("fault"))}
-        for shard in (1, 2):
-            causes[shard] = pool.submit(stall_rank, data, tmp_path_factory.mktemp("fault"), shard)
-        yield causes
+        stalls = {shard: pool.submit(stall_rank, data, folder("stall"), shard) for shard in (1, 2)}
+        yield {"kill": pool.submit(kill_rank, data, folder("kill")), **stalls}
 
 
 def kill_rank(data: Path, folder: Path) -> tuple[Path, str]:
@@ -56,11 +55,9 @@ def kill_rank(data: Path, folder: Path) -> tuple[Path, str]:
     both, and what torchrun printed."""
     flags = [*SMALL, "--data", data, "--steps", 30, "--save_every", 5]
     straight = Ranks(folder, *flags, "--out", "straight", n=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    command += [ROOT / "train.py", *flags, "--out", "r", "--resume"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    process = subprocess.Popen(list(map(str, command)), cwd=folder, env=env, start_new_session=True, **pipes)
+    command = map(str, [*TORCHRUN, "--max-restarts=2", ROOT / "train.py", *flags, "--out", "r", "--resume"])
+    how = {"cwd": folder, "env": RESTARTS, "start_new_session": True, "encoding": "utf-8"}
+    process = subprocess.Popen([*command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
     try:
         wait_for_step(folder / "r", 12)
         os.kill(workers(process)[1], signal.SIGKILL)
@@ -107,17 +104,17 @@ def test_a_run_that_moves_between_one_process_ddp_and_fsdp_continues_as_if_it_ha
     assert_close(tmp_path / "stayed", tmp_path / "moved", 8, 1e-5)
 
 
-@pytest.mark.parametrize("shard, n_inner", [(2, 33), (4, 5)])
-def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path, shard, n_inner):
+@pytest.mark.parametrize("n, shard, n_inner", [(4, 2, 33), (3, 3, 4)])
+def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path, n, shard, n_inner):
     """HSDP: two copies of the model, each sharded over two processes, which hold unequal parts; or one copy, of which
     the last process holds no row of some matrices. They also recompute activations."""
-    flags = [*SMALL, "--data", data, *split("--steps 3 --lr 1e-3 --batch_tokens 256 --n_layer 1 --dropout 0")]
+    flags = [*SMALL, "--data", data, *split(f"--steps 3 --lr 1e-3 --batch_tokens {64 * n} --n_layer 1 --dropout 0")]
     flags += split(f"--n_expert 3 --n_inner {n_inner} --balance_loss 0")
-    ranks = Ranks(tmp_path, *flags, "--out", "four", "--shard", shard, "--recompute", n=4)
-    call(train, *flags, "--out", "one", "--micro_batch", 16)
+    ranks = Ranks(tmp_path, *flags, "--out", "many", "--shard", shard, "--recompute", n=n)
+    call(train, *flags, "--out", "one", "--micro_batch", 4 * n)
     ranks.finish()
-    assert_close(tmp_path / "one", tmp_path / "four", 3, 1e-5)
-    loads = rows(tmp_path / "four", "expert_load")
+    assert_close(tmp_path / "one", tmp_path / "many", 3, 1e-5)
+    loads = rows(tmp_path / "many", "expert_load")
     assert loads == {step: [pytest.approx(load)] for step, (load,) in rows(tmp_path / "one", "expert_load").items()}
 
 
@@ -160,25 +157,23 @@ RESAVE = """
 
 @pytest.mark.parametrize("settings", ["", "--tied --n_layer 1 --n_expert 3 --n_inner 20 --optimizer adamw"])
 def test_any_number_of_ranks_loads_what_any_other_has_saved(call, data, tmp_path, settings):
-    """Bit for bit: of one process, 3 shards, 2 copies, 2 copies of 2 shards each, and again of one. The newest
-    checkpoint of the 3 shards has a damaged part, which one rank finds and all skip."""
+    """Bit for bit: of one process, 3 shards, 2 copies of 2 shards each, and again of one. The newest checkpoint of the
+    3 shards has a damaged part, which one rank finds and all skip."""
     flags = [*SMALL, "--data", data, *split(settings)]
-    call(train, *flags, "--steps", 2, "--batch_tokens", 192 * 4, "--micro_batch", 4, "--out", "0")
-    script = changed(tmp_path, RESAVE)
-    for number, (n, shard) in enumerate([(3, 3), (2, 1), (4, 2), (1, 1)]):
+    call(train, *flags, *split("--steps 2 --batch_tokens 768 --out 0"))
+    script, folder = changed(tmp_path, RESAVE), tmp_path / "1"
+    for number, (n, shard) in enumerate([(3, 3), (4, 2), (1, 1)]):
         given = ["--out", number, "--resume", "--steps", 9, "--shard", shard]
         printed = Ranks(tmp_path, *given, script=script, n=n).finish().printed
         assert printed.count("damaged: 1/step-00000003.json (step-00000003.2-of-3") == (number == 1)
         if number == 0:
-            folder = tmp_path / "1"
-            assert len(list(folder.glob("step-00000002.?-of-3.*.pt"))) == 3
+            assert len(parts := list(folder.glob("step-00000002.?-of-3.*.pt"))) == 3
             record = (folder / "step-00000002.json").read_text()
             (folder / "step-00000003.json").write_text(record.replace("00000002", "00000003"))
-            for part in folder.glob("*.pt"):
+            for part in parts:
                 cut = part.read_bytes()[: -1 if "2-of" in part.name else None]
                 (folder / part.name.replace("00000002", "00000003")).write_bytes(cut)
-    assert_same(state_of(tmp_path / "0", 2)["model"], state_of(tmp_path / "4", 2)["model"])
-    assert_same(state_of(tmp_path / "0", 2)["optimizer"], state_of(tmp_path / "4", 2)["optimizer"])
+    assert_same_states(tmp_path / "0", tmp_path / "3", 2)
     assert_same(state_of(tmp_path / "0", 2)["model"], state_of(tmp_path / "1", 2)["model"])
 
 
@@ -213,44 +208,30 @@ def test_a_process_that_computes_for_ever_answers_a_signal_and_ends_with_the_sec
     process.finish(128 + signal.SIGINT)
 
 
-def test_a_rank_that_refuses_its_input_speaks_for_all(data, tmp_path):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "config.json").touch()
-    ranks = Ranks(tmp_path, *SMALL, "--data", data, "--out", "taken", n=2)
+@pytest.mark.parametrize("n, flags, told", [
+    (2, ["--out", "taken"], "taken already holds a run"),
+    (2, ["--seed", lambda rank: rank], "rank 1 has another version or setting than rank 0: seed is 1, not 0"),
+    (2, ["--data", "set"], "rank 1 has another data set than rank 0"),
+    (2, ["--out", "r", "--resume"], "rank 0 does not see step-00000005.json in r: all nodes must share that folder"),
+    (3, [], "3 processes cannot share 2 micro-batches equally: use 1, 2, or another micro_batch"),
+])
+def test_ranks_that_cannot_train_say_so_once_and_end(call, data, tmp_path, n, flags, told):
+    """Each on a node of its own. Without the fourth refusal, rank 0 would start from step 0 where its node does not see
+    the checkpoints of the run."""
+    for rank in range(n):
+        node = tmp_path / f"node{rank}"
+        (node / "taken").mkdir(parents=True)
+        (node / "taken" / "config.json").touch()
+        (node / "text.txt").write_text(words(500, seed=rank))
+        call(prepare, node / "text.txt", "--tokenizer", "byte", "--val_fraction", 0.1, "--out", node / "set")
+    (node / "r").mkdir()
+    (node / "r" / "step-00000005.json").touch()
+    ranks = Ranks(lambda rank: tmp_path / f"node{rank}", *SMALL, "--data", data, *flags, n=n)
     for process in ranks.processes:
-        process.join(20)
-    assert [process.exitcode for process in ranks.processes] == [2, 2]
-    printed = ranks.finish(status=None).printed
-    assert printed.count("error") == 1 and "already holds a run" in printed
-
-
-@pytest.mark.parametrize(
-    "n, flags, told",
-    [
-        (2, ["--seed", lambda rank: rank], "rank 1 has another version or setting than rank 0: seed is 1, not 0"),
-        (3, [], "3 processes cannot share 2 micro-batches equally: use 1, 2, or another micro_batch"),
-    ],
-)
-def test_settings_with_which_processes_cannot_train_are_named_once(data, tmp_path, n, flags, told):
-    assert Ranks(tmp_path, *SMALL, "--data", data, *flags, n=n).finish(status=2).printed.count(told) == 1
-    assert not (tmp_path / "runs").exists()
-
-
-def test_nodes_with_different_data_are_named(call, tmp_path):
-    for node in (0, 1):
-        (tmp_path / "text.txt").write_text(words(500, seed=node))
-        call(prepare, "text.txt", "--tokenizer", "byte", "--val_fraction", 0.1, "--out", f"node{node}/set")
-    ranks = Ranks(lambda rank: tmp_path / f"node{rank}", *SMALL, "--data", "set", "--out", "r", n=2)
-    assert ranks.finish(2).printed.count("rank 1 has another data set than rank 0") == 1
-
-
-def test_nodes_that_do_not_share_the_folder_of_a_run_are_told(data, tmp_path):
-    """Otherwise a new rank 0, on a node without checkpoints, would start from step 0."""
-    (tmp_path / "node0").mkdir()
-    (tmp_path / "node1" / "r").mkdir(parents=True)
-    (tmp_path / "node1" / "r" / "step-00000005.json").touch()
-    ranks = Ranks(lambda rank: tmp_path / f"node{rank}", *SMALL, "--data", data, "--out", "r", "--resume", n=2)
-    assert "rank 0 does not see step-00000005.json in r: all nodes must share that folder" in ranks.finish(2).stderr
+        process.join(60)
+    assert {process.exitcode for process in ranks.processes} == {2}
+    printed = ranks.finish(status=2).printed
+    assert printed.count("error") == printed.count(told) == 1 and not list(tmp_path.glob("*/runs"))
 
 
 @pytest.mark.parametrize("allowed, calls", [(0, [10]), (2, [10, 15])])
@@ -294,6 +275,5 @@ def test_a_stalled_rank_is_named_within_the_timeout(slow_faults, shard):
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_happened(slow_faults):
     folder, printed = slow_faults["kill"].result()
     assert "resuming r/step-" in printed
-    assert_same(state_of(folder / "straight", 30)["model"], state_of(folder / "r", 30)["model"])
-    assert_same(state_of(folder / "straight", 30)["optimizer"], state_of(folder / "r", 30)["optimizer"])
+    assert_same_states(folder / "straight", folder / "r", 30)
     assert rows(folder / "r", "loss") == rows(folder / "straight", "loss")
