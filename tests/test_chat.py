@@ -281,7 +281,7 @@ def test_every_tokenizer_made_here_reserves_the_tokens_of_a_chat_and_another_get
 
 def test_the_default_conversations_are_about_their_posts_and_held_out_ones_about_names_never_seen():
     kinds, named = set(), {split: set() for split in prepare.SPLITS}
-    for split, kind, messages in chat.stdlib_conversations(prepare.default_corpus()[:60], 0.1):
+    for split, kind, messages in chat.stdlib_conversations(prepare.default_corpus()[:40], 0.1):
         post, _, question = messages[0]["content"].partition("\n\n")
         kinds.add(kind)
         if kind in ("reading", "two posts", "follow-ups"):

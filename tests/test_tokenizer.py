@@ -74,7 +74,7 @@ def test_bpe_learns_the_textbook_example():
 
 def test_bpe_learns_the_merges_of_a_published_trainer():
     rustbpe = pytest.importorskip("rustbpe", reason="pip install rustbpe to compare with a published trainer")
-    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:75]]
+    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:25]]
     published = rustbpe.Tokenizer()
     published.train_from_iterator(iter(texts), 1500, pattern=GPT4_PATTERN)
     counts = Counter(chunk for text in texts for chunk in regex.findall(GPT4_PATTERN, text))
@@ -172,8 +172,7 @@ def test_tokenizers_of_hugging_face_are_read(refused, tmp_path, digits):
 def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
     """Regular expressions there mean something else by {1,3}+ and $."""
     text = "12345678 " * 99 + "end \n\n\n  \n" * 99
-    counts = Counter(regex.findall(GPT4_PATTERN, text) + ["12345678", " \n\n\n  \n"] * 99)
-    ours = Tokenizer.of("digits", GPT4_PATTERN, train_bpe(counts, 300))
+    ours = Tokenizer.of("digits", GPT4_PATTERN, train_bpe(Counter(["12345678", " \n\n\n  \n"] * 99), 300))
     published.save_published_tokenizer(tmp_path, ours)
     assert theirs_in(tmp_path).encode(text).ids == [ours.end_of_text, *ours.encode(text).tolist()]
 
@@ -227,11 +226,10 @@ def textbook(folder: Path, old: str, new: str) -> None:
     ('"version"', NORMALIZER % "NFC"), ("<|endoftext|>", "<|end_of_text|>"),
     (f'{MERGES}, "aa ab"', '["a", "a"], ["a", "b"], ["aa", "ab"]'),
     ('"<|im_end|>", "special": true', '"<|im_end|>", "special": false'),  # no text may inject it, all the same
-    *((f'{MERGES}, "aa ab"', f'{merges}, "aa ab"') for merges in ('"a b"', '"a a"')),  # none leads to some tokens
-    (', "aa ab"', ""),
+    ('"a a", ', ""), ('"a b", ', ""), (', "aa ab"', ""),
 ])
 def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path, old, new):
-    """A token that no merge leads to is not produced."""
+    """Without one of its merges, too: a token that no merge leads to is not produced."""
     textbook(tmp_path, old, new)
     read, theirs = load_tokenizer(tmp_path), theirs_in(tmp_path)
     for text in ("aaabdaaabac", "aaab", "aa", "ab aab"):
