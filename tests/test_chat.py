@@ -426,21 +426,19 @@ def test_a_chat_run_ends_with_the_loss_and_the_answers_of_its_model(call, chat_d
     """The mean loss over the counted tokens, in the precision of training, and three held-out conversations up to the
     first answer and what the model answers."""
     call(train, *SMALL, "--dtype", dtype, "--data", chat_data, "--out", "r", "--steps", 4, "--lr", 1e-2)
-    printed, model, losses = capsys.readouterr().out, load_model("r")[0].eval(), []
+    printed, model = capsys.readouterr().out, load_model("r")[0].eval()
     shards = prepare.load_dataset(chat_data)[1]
     data = Conversations(shards["val"], shards["val-mask"], SEQ_LEN, BYTE.end_of_text)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), torch.no_grad():
-        for row in range(data.n_windows):
-            inputs, targets, documents = map(torch.from_numpy, data.get(np.array([row])))
-            logs = model(inputs, documents=documents).float().log_softmax(-1)
-            counted = targets != IGNORED
-            losses += (-logs[counted].gather(1, targets[counted][:, None])).flatten().tolist()
+        inputs, targets, documents = map(torch.from_numpy, data.get(np.arange(data.n_windows)))
+        logs, counted = model(inputs, documents=documents).float().log_softmax(-1), targets != IGNORED
+        loss = -logs[counted].gather(1, targets[counted][:, None]).mean().item()
         for row in (0, data.n_windows // 2, data.n_windows - 1):
             ids = data.get(np.array([row]))[0][0].tolist()
             ids = ids[: ids.index(START, 1) + len("-assistant\n")]
             answer = until_end(generate(model, torch.tensor([ids]), temperature=0), SEQ_LEN - len(ids))
             assert f"{BYTE.decode(ids + answer)}\n\n" in printed
-    assert rows(Path("r"), "val_loss")[4] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert rows(Path("r"), "val_loss")[4] == pytest.approx(loss, abs=1e-5)
     assert "bits per byte" not in printed
 
 
@@ -729,23 +727,22 @@ def test_a_real_chat_model_that_is_tuned_here_answers_in_other_programs_as_here(
     folder = real("smollm2", "model.safetensors")
     transformers, question = pytest.importorskip("transformers"), "What is the capital of France?"
     prepared(call, [talk(f"{i}?", f"It is {i}.") for i in range(40)], folder)
-    flags = ["--seq_len", 128, "--batch_tokens", 128, "--micro_batch", 1, "--steps", 1, "--lr", 1e-5, "--keep", 1]
+    flags = ["--seq_len", 64, "--batch_tokens", 64, "--micro_batch", 1, "--steps", 1, "--lr", 1e-5, "--keep", 1]
     call(train, "--init", folder, "--data", "data/t", *flags, "--eval_tokens", 64, "--optimizer", "adamw", "--out", "r")
-    out, _ = ask(call, capsys, monkeypatch, "r", f"{question}\nAnd of Japan?\n", "--tokens", 20)
-    answers = ["The capital of France is Paris.", "The capital of Japan is Tokyo."]
-    assert out.splitlines() == answers
     call(published, "--export", "out", "r")
     call(published, "--export", "out.gguf", "r")
+    out, _ = ask(call, capsys, monkeypatch, "out", f"{question}\nAnd of Japan?\n", "--tokens", 20)
+    assert out == "The capital of France is Paris.\nThe capital of Japan is Tokyo.\n"
     asked = render(load_tokenizer(folder), talk(question), ask=True)[0].tolist()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     flags = {"add_generation_prompt": True, "return_dict": False}
     assert tokenizer.apply_chat_template(talk(question), **flags) == asked and asked[0] == 1
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     answer = model.generate(torch.tensor([asked]), max_new_tokens=20, do_sample=False)[0, len(asked) :]
-    assert tokenizer.decode(answer, skip_special_tokens=True) == answers[0]
-    assert model.config.max_position_embeddings == 8192  # although it was tuned with 128
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+    assert model.config.max_position_embeddings == 8192  # although it was tuned with 64
     with llama_cpp(tmp_path / "out.gguf") as post:
         prompt = post("/apply-template", messages=talk(question))["prompt"]
         assert post("/tokenize", content=prompt, add_special=True)["tokens"] == asked
         said = post("/v1/chat/completions", messages=talk(question), temperature=0, top_k=1, max_tokens=20)
-    assert said["choices"][0]["message"]["content"] == answers[0]
+    assert said["choices"][0]["message"]["content"] == "The capital of France is Paris."
