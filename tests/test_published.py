@@ -92,61 +92,47 @@ def test_the_logits_of_the_golden_file_are_computed(golden, family, dtype, error
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_weights_that_transformers_saved_give_its_logits_and_its_greedy_text(variant, tmp_path):
-    reference = theirs(variant)
-    reference.save_pretrained(tmp_path)
-    model, tokens = load(tmp_path), random_tokens(2, 20)
+def test_here_and_in_transformers_the_same_weights_give_the_same_logits_and_greedy_text(variant, tmp_path):
+    """Those that transformers saved, and then saved by us."""
+    transformers, reference, tokens = pytest.importorskip("transformers"), theirs(variant), random_tokens(2, 20)
+    reference.save_pretrained(tmp_path / "in")
+    config, weights = load_published(tmp_path / "in")
+    model = model_with(config, weights).eval()
+    save_published(tmp_path / "out", config, weights)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(read) is type(reference)
     with torch.no_grad():
-        assert (model(tokens) - reference(tokens).logits).abs().max() < 1e-4
+        logits = reference(tokens).logits
+        assert (model(tokens) - logits).abs().max() < 1e-4
+        assert (read(tokens).logits - logits).abs().max() < 1e-4
         text = reference.generate(tokens[:1, :4], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert [ids.item() for ids in islice(generate(model, tokens[:1, :4], temperature=0), 20)] == text[0, 4:].tolist()
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_transformers_computes_the_logits_of_weights_that_we_saved(variant, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    theirs(variant).save_pretrained(tmp_path / "in")
-    config, _ = load_published(tmp_path / "in")
-    torch.manual_seed(0)
-    model, tokens = models.GPT(config).eval(), random_tokens(2, 20)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.3)
-        save_published(tmp_path / "out", config, model.state_dict())
-        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-        assert type(read).__name__ == published.FAMILIES[variant.partition("-")[0]].architecture
-        assert (read(tokens).logits - model(tokens)).abs().max() < 1e-4
     plain = read.config.to_dict()
     plain |= plain.get("rope_parameters") or {}
     assert all(plain.get(name, getattr(read.config, name, None)) == value for name, value in VARIANTS[variant].items())
 
 
-def test_gpt2_as_openai_released_it_has_shorter_names_and_masks_among_its_tensors(golden):
-    folder, tokens, logits = golden("gpt2")
-    weights = torch.load(folder / "pytorch_model.bin")
-    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+def as_openai_released(weights: dict) -> dict:
+    """With shorter names, and masks among them."""
     masks = {"h.0.attn.bias": torch.ones(1, 1, 24, 24).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
-    torch.save(old | masks, folder / "pytorch_model.bin")
-    assert (load(folder)(tokens) - logits).abs().max() < 1e-4
+    return {name.removeprefix("transformer."): tensor for name, tensor in weights.items()} | masks
 
 
-def test_weights_in_several_files_are_put_together(golden):
+@pytest.mark.parametrize("family, stored", [
+    ("gpt2", as_openai_released),
+    ("llama", lambda weights: weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    ("qwen3", lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}),  # tied, all the same
+])
+def test_weights_are_found_in_older_files_and_in_several(golden, family, stored):
     save_file = pytest.importorskip("safetensors.torch").save_file
-    folder, tokens, logits = golden("llama")
-    weights = torch.load(folder / "pytorch_model.bin") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    for part in (1, 2):
-        names = sorted(weights)[part - 1 :: 2]
-        save_file({name: weights[name] for name in names}, folder / f"model-0000{part}-of-00002.safetensors")
-    assert (load(folder)(tokens) - logits).abs().max() < 1e-4
-
-
-def test_a_second_copy_of_a_tied_head_is_passed_over(golden):
-    folder, tokens, logits = golden("qwen3")
-    weights = torch.load(folder / "pytorch_model.bin")
-    torch.save({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
+    folder, tokens, logits = golden(family)
+    weights = stored(torch.load(folder / "pytorch_model.bin"))
+    for i in (0, 1):
+        part = {name: weights[name].clone() for name in sorted(weights)[i::2]}
+        save_file(part, folder / f"model-0000{i + 1}-of-00002.safetensors")
     model = load(folder)
     assert (model(tokens) - logits).abs().max() < 1e-4
-    assert model.head.weight is model.embedding.weight
+    assert (model.head.weight is model.embedding.weight) == model.config.tied
 
 
 def test_the_factor_of_a_scaling_that_is_none_has_no_effect(golden):
@@ -235,7 +221,6 @@ def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, refused, ru
     assert "no checkpoint" in refused(published, "--export", "new", "nowhere") and not Path("new").exists()
     texts = []
     for source in (run, "out"):
-        capsys.readouterr()
         call(sample, source, "--prompt", "the ", "--tokens", 30, "--temperature", 0)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]

@@ -75,7 +75,7 @@ def test_bpe_learns_the_textbook_example():
 
 def test_bpe_learns_the_merges_of_a_published_trainer():
     rustbpe = pytest.importorskip("rustbpe", reason="pip install rustbpe to compare with a published trainer")
-    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:75]]
+    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:25]]
     published = rustbpe.Tokenizer()
     published.train_from_iterator(iter(texts), 1500, pattern=GPT4_PATTERN)
     counts = Counter(chunk for text in texts for chunk in regex.findall(GPT4_PATTERN, text))
@@ -173,8 +173,7 @@ def test_tokenizers_of_hugging_face_are_read(refused, tmp_path, digits):
 def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
     """Regular expressions there mean something else by {1,3}+ and $."""
     text = "12345678 " * 99 + "end \n\n\n  \n" * 99
-    counts = Counter(regex.findall(GPT4_PATTERN, text) + ["12345678", " \n\n\n  \n"] * 99)
-    ours = Tokenizer.of("digits", GPT4_PATTERN, train_bpe(counts, 300))
+    ours = Tokenizer.of("digits", GPT4_PATTERN, train_bpe(Counter(["12345678", " \n\n\n  \n"] * 99), 300))
     published.save_published_tokenizer(tmp_path, ours)
     assert theirs_in(tmp_path).encode(text).ids == [ours.end_of_text, *ours.encode(text).tolist()]
 
@@ -216,14 +215,6 @@ def test_each_document_begins_with_the_token_that_begins_a_text(call, monkeypatc
     assert [call.args[2] for call in prompts.call_args_list] == [[258, ord("a")], [258]]
 
 
-@pytest.mark.parametrize("merges", ['"a b"', '"a a"', '"a a", "a b"'])
-def test_a_token_that_no_merge_leads_to_is_not_produced(tmp_path, merges):
-    textbook(tmp_path, f'{MERGES}, "aa ab"', f'{merges}, "aa ab"')
-    for text in ("aaabdaaabac", "aaab", "aa", "ab aab"):
-        ids = theirs_in(tmp_path).encode(text, add_special_tokens=False).ids
-        assert load_tokenizer(tmp_path).encode(text).tolist() == ids
-
-
 def textbook(folder: Path, old: str, new: str) -> None:
     """Write the tokenizer of the textbook's example, with a change in tokenizer.json."""
     published.save_published_tokenizer(folder, TEXTBOOK)
@@ -232,14 +223,19 @@ def textbook(folder: Path, old: str, new: str) -> None:
     (folder / "tokenizer.json").write_text(plain.replace(old, new))
 
 
-def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path):
-    ways = [('"version"', NORMALIZER % "NFC"), (MERGES, '["a", "a"], ["a", "b"]'), ("<|endoftext|>", "<|end_of_text|>")]
-    ways += [('"<|im_end|>", "special": true', '"<|im_end|>", "special": false')]  # no text may inject it, all the same
-    for old, new in ways:
-        textbook(tmp_path, old, new)
-        read = load_tokenizer(tmp_path)
-        assert [*read.encode("aaabdaaabac"), read.end_of_text] == [258, ord("d"), 258, ord("a"), ord("c"), 259]
-        assert not read.added and read.template
+@pytest.mark.parametrize("old, new", [
+    ('"version"', NORMALIZER % "NFC"), ("<|endoftext|>", "<|end_of_text|>"),
+    (f'{MERGES}, "aa ab"', '["a", "a"], ["a", "b"], ["aa", "ab"]'),
+    ('"<|im_end|>", "special": true', '"<|im_end|>", "special": false'),  # no text may inject it, all the same
+    ('"a a", ', ""), ('"a b", ', ""), (', "aa ab"', ""),
+])
+def test_a_tokenizer_json_can_be_written_in_several_ways(tmp_path, old, new):
+    """Without one of its merges, too: a token that no merge leads to is not produced."""
+    textbook(tmp_path, old, new)
+    read, theirs = load_tokenizer(tmp_path), theirs_in(tmp_path)
+    for text in ("aaabdaaabac", "aaab", "aa", "ab aab"):
+        assert read.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids
+    assert read.end_of_text == 259 and not read.added and read.template
 
 
 @pytest.mark.parametrize("old, new, told", [
