@@ -89,29 +89,33 @@ class Tensors(Mapping):
     def __init__(self, kind: str, parts: list[Callable[[], dict]]):
         self.kind, self.parts = kind, parts
 
+    def part(self, number: int) -> dict[str, Tensor]:
+        """What a part has of each tensor."""
+        return self.parts[number]()[self.kind]
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.parts[0]()[self.kind])
+        return iter(self.part(0))
 
     def __len__(self) -> int:
-        return len(self.parts[0]()[self.kind])
+        return len(self.part(0))
 
     def __getitem__(self, name: str) -> Tensor:
         """The whole tensor."""
-        pieces = [self.parts[0]()[self.kind][name]]
-        if pieces[0].ndim > 0:  # else it is a number, which is in all parts
-            pieces += [part()[self.kind][name] for part in self.parts[1:]]
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        first = self.part(0)[name]
+        if len(self.parts) == 1 or first.ndim == 0:  # a number is in all parts
+            return first
+        return torch.cat([self.part(number)[name] for number in range(len(self.parts))])
 
     def rows(self, name: str, wanted: range, n: int) -> Tensor:
         """These rows of a tensor that has n, or the number if it is one. Opens only the parts that hold them."""
-        first = self.parts[0]()[self.kind][name]
+        first = self.part(0)[name]
         if first.ndim == 0:
             return first
         pieces = [first[:0]]
-        for number, part in enumerate(self.parts):
+        for number in range(len(self.parts)):
             held = rows_of_part(n, number, len(self.parts))
             if overlap := range(max(held.start, wanted.start), min(held.stop, wanted.stop)):
-                pieces.append(part()[self.kind][name][overlap.start - held.start : overlap.stop - held.start])
+                pieces.append(self.part(number)[name][overlap.start - held.start : overlap.stop - held.start])
         return torch.cat(pieces) if len(pieces) > 2 else pieces[-1]
 
 
@@ -162,6 +166,13 @@ def commit(run: Path, step: int, parts: list[dict], keep: int, best_loss: float 
                 file.unlink()
     for damaged in run.glob(f"{CHECKPOINT}.*.damaged"):
         damaged.unlink()
+
+
+def optimizer_states(weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
+    """{name of a parameter: what its optimizer keeps for it}"""
+    names = {parameter: name for name, parameter in weights.items()}
+    groups = ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
+    return {names[p]: optimizer.state[p] for optimizer, group in groups for p in group["params"]}
 
 
 class Saver:
@@ -315,19 +326,12 @@ def damage_anywhere(record: Path) -> str | None:
     return next(filter(None, from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size()))), None)
 
 
-def optimizer_states(weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
-    """{name of a parameter: what its optimizer keeps for it}"""
-    names = {parameter: name for name, parameter in weights.items()}
-    groups = ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
-    return {names[p]: optimizer.state[p] for optimizer, group in groups for p in group["params"]}
-
-
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
     """Load the optimizer state of a checkpoint. Hyperparameters stay those of the command line."""
     parameters = dict(model.named_parameters())
     states = optimizer_states(parameters, optimizers)
-    is_first = state and dist.get_rank() == 0
-    for name, ndim in from_rank_0([(n, tensor.ndim) for n, tensor in state["optimizer"].items()] if is_first else []):
+    saved = state["optimizer"].part(0) if state and dist.get_rank() == 0 else {}
+    for name, ndim in from_rank_0([(name, tensor.ndim) for name, tensor in saved.items()]):
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
         moment = torch.zeros_like(parameter) if ndim else torch.zeros((), device=parameter.device)  # AdamW's count

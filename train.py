@@ -315,10 +315,10 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
     is_run = bool(out) and (newest or Path(out, "config.json").exists())
     if out and not (resume and is_run) and any([*Path(out).glob("*.json"), *Path(out).glob("metrics.jsonl")]):
         fail(f"{out} already holds a run: continue it with --out {out} --resume, or choose another --out")
-    if resume and out and not newest:
-        print(f"there is no checkpoint in {out} yet: starting from step 0")
-        return None
     if not resume:
+        return None
+    if out and not newest:
+        print(f"there is no checkpoint in {out} yet: starting from step 0")
         return None
     run = Path(out) if out else newest_run()
     lock(run / ".lock", f"training in {run}")
@@ -440,7 +440,7 @@ def check_fit(config: Config, meta: dict, step: int, state: dict) -> dict[str, i
         for name, parameter in empty_model(config, len(weights)).named_parameters():
             n, n_new = shapes[name][0], len(parameter) - shapes[name][0]
             held = len(rows_of_part(n, 0, len(weights.parts))), *parameter.shape[1:]  # by the first part
-            if weights.parts[0]()["model"][name].shape != held:
+            if weights.part(0)[name].shape != held:
                 raise ValueError(f"{name} has another shape")
             if step == 0 and n_new > 0 and name in ("embedding.weight", "head.weight"):
                 print(f"{n_new} new tokens: their rows of {name} begin as the mean of the others")
