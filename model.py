@@ -38,6 +38,7 @@ from typing import Literal, Self, get_args, get_origin, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 HUGE = 1e15  # stands for "no upper limit" in the table of legal ranges
 
@@ -209,8 +210,29 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+Mask = Tensor | BlockMask  # which tokens each token sees
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Which tokens [B, 1, T, T] each token sees, given the number of each one's document [B, T]: those of its own
+    document up to itself."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+
+def document_blocks(documents: Tensor) -> BlockMask:
+    """The same for FlexAttention (Dong et al., 2024). Its kernel, compiled on CUDA, skips what no token sees, where the
+    kernels that take a mask compute all of it."""
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (documents[batch, query] == documents[batch, key]) & (query >= key)
+
+    return create_block_mask(sees, len(documents), None, *2 * documents.shape[1:], device=documents.device)
+
+
 def attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> Tensor:
     """scaled_dot_product_attention, by the kernels that are fast on each device."""
+    if isinstance(attn_mask, BlockMask):
+        return flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=attn_mask, enable_gqa=enable_gqa)
     if enable_gqa and attn_mask is not None and q.device.type == "cuda":  # no kernel there takes a mask and groups
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         enable_gqa = False
@@ -250,7 +272,7 @@ class Attention(nn.Module):
         cap = config.attention_cap
         self.attend = partial(capped_attention, cap=cap) if cap else attention
 
-    def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, mask: Mask | None, cache: KVCache | None) -> Tensor:
         """`angles`: of rotary positions. `mask`: which tokens each token sees, by default all up to itself."""
         B, T, _ = x.shape
         q, k, v = self.query(x), self.key(x), self.value(x)
@@ -336,7 +358,7 @@ class Block(nn.Module):
         self.mlp_post_norm = make_norm(config, config.n_embd) if config.post_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, angles: Angles | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None, mask: Mask | None, cache: KVCache | None) -> Tensor:
         x = x + self.dropout(self.attention_post_norm(self.attention(self.attention_norm(x), angles, mask, cache)))
         return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
@@ -407,7 +429,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.token_losses = token_losses  # train.py may compile them
+        self.token_losses, self.document_mask = token_losses, document_mask  # train.py has faster ones for CUDA
         self.tie_head()
         if not self.head.weight.is_meta:
             self.init_weights()
@@ -446,7 +468,7 @@ class GPT(nn.Module):
         if documents is not None:
             starts = torch.searchsorted(documents, documents)  # [B, T]: the first place of the same document number
             positions = positions - starts
-            mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # [B, 1, T, T]
+            mask = self.document_mask(documents)
         elif start > 0 and T > 1:  # several new tokens after cached ones
             mask = torch.ones(T, end, dtype=torch.bool, device=tokens.device).tril(start)
         so_far = tokens if cache is None else torch.cat((cache.tokens, tokens), dim=1)

@@ -74,7 +74,8 @@ from chat import IGNORED, Conversations, dialogues
 from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, damage_anywhere, fill, from_all_ranks, from_rank_0
 from checkpoint import held, newest_run, newest_whole, read_checkpoint, restore_optimizers, rows_of_part, stop_all_ranks
 from checkpoint import sum_over_ranks
-from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, empty_model, has_bfloat16, initial_rows, model_settings
+from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, document_blocks, empty_model, has_bfloat16
+from model import initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
 from published import load_source, tensors_at, why_not_exportable
 from sample import sample
@@ -614,6 +615,8 @@ def build_model(config: Config, machine: "Machine", read: Callable[..., Tensor])
             block.forward = torch.compile(block.forward)
     if machine.compile and machine.device.type == "cuda":  # elsewhere it takes longer than short runs gain by it
         model.token_losses = torch.compile(model.token_losses)
+        if config.head_dim >= 16 and not (config.dropout or config.attention_cap):  # FlexAttention has none of these
+            model.document_mask = torch.compile(document_blocks)
     if config.shard > 1:
         shard_model(model, config, machine.device)
     model.to_empty(device=machine.device)

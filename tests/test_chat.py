@@ -385,6 +385,7 @@ def test_the_loss_of_a_packed_row_is_that_of_its_conversations_alone(position, c
     assert data.count(np.arange(data.n_windows)) == sum(one.count(np.array([0])) for one in alone)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_document_mask_gives_each_document_the_logits_that_it_has_alone():
     rng, model = np.random.default_rng(3), wild_model(seq_len=40, ngram_rows=64)
     tokens = rng.integers(0, 256, 121).astype(np.uint16)
@@ -395,6 +396,9 @@ def test_a_document_mask_gives_each_document_the_logits_that_it_has_alone():
     for start, end in zip(starts, starts[1:]):
         row, part = start // 40, slice(start % 40, (end - 1) % 40 + 1)
         torch.testing.assert_close(logits[row, part], model(inputs[row : row + 1, part])[0], atol=2e-4, rtol=1e-4)
+    model.document_mask = models.document_blocks  # the mask that FlexAttention takes on CUDA
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs, documents=documents), logits, atol=1e-5, rtol=1e-5)
 
 
 def test_pretraining_can_keep_documents_apart(call, tmp_path):
