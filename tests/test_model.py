@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def make(kind: str, std: float = 0.3) -> GPT:
 
 def random_tokens(*shape: int) -> torch.Tensor:
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_rows_of_a_new_model_are_drawn_alike_in_any_parts_and_differ_from_all_others():
+    rows = []
+    for seed, name in [(1, "a.weight"), (1, "b.weight"), (2, "a.weight")]:
+        draw = partial(models.initial_rows, GPTConfig(**SHAPE), name, torch.Size([300, 4]), seed=seed)
+        rows += (whole := draw(range(300))).tolist()
+        assert torch.equal(torch.cat([draw(range(5)), draw(range(5, 200)), draw(range(200, 300))]), whole)
+    assert len(set(map(tuple, rows))) == 900
 
 
 def test_each_switch_is_set_in_some_kind():

@@ -179,6 +179,28 @@ def test_any_number_of_ranks_loads_what_any_other_has_saved(call, data, tmp_path
     assert_same(state_of(tmp_path / "0", 2)["model"], state_of(tmp_path / "1", 2)["model"])
 
 
+def test_a_part_that_one_rank_cannot_write_takes_its_checkpoint_with_it_and_no_other(data, tmp_path):
+    """Of two parts in each checkpoint; a start of the run marks its parts, so that no other start can replace them."""
+    change = """
+        import checkpoint
+        write_part = checkpoint.write_part
+        def full(run, step, state, part, *more):
+            if (step, part) == (2, 1):
+                raise OSError("no space")
+            return write_part(run, step, state, part, *more)
+        checkpoint.write_part = full
+    """
+    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 4, "--save_every", 1, "--keep", 9, "--shard", 2]
+    ranks = Ranks(tmp_path, *flags, "--stop_at", 3, script=changed(tmp_path, change), n=2)
+    assert ranks.finish().stdout.count("cannot save in r (no space); trying again") == 1
+    assert not [*tmp_path.glob("r/step-00000002*")]
+    Ranks(tmp_path, "--out", "r", "--resume", n=2).finish()
+    parts = [path.name.split(".") for path in tmp_path.glob("r/*.pt")]
+    assert sorted(name[:2] for name in parts) == [[f"step-0000000{n}", f"{k}-of-2"] for n in (1, 3, 4) for k in (1, 2)]
+    assert len({mark for name, _, mark, _ in parts if name != "step-00000004"}) == 1
+    assert len({mark for _, _, mark, _ in parts}) == 2
+
+
 def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):
     ranks = Ranks(tmp_path, *SMALL, "--data", data, "--out", "r", "--steps", 10**6, n=2)
     wait_for_step(tmp_path / "r", 5)

@@ -15,6 +15,7 @@ import signal
 from functools import partial
 from pathlib import Path
 from shlex import split
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -455,6 +456,15 @@ def save(run: Path, step: int, state: dict, parts: int = 1, **more) -> None:
     checkpoint.commit(run, step, written, **more)
 
 
+def test_a_rank_reads_its_share_of_the_parts_to_find_damage(tmp_path):
+    parts = []
+    for part, state in enumerate([dict.fromkeys(checkpoint.HEAD | {"model", "optimizer"}, {}), {"model": {}}]):
+        parts.append(checkpoint.write_part(tmp_path, 1, state, part, 2, "mark"))
+    checkpoint.commit(tmp_path, 1, parts, keep=1)
+    found = [checkpoint.damage(tmp_path / "step-00000001.json", first, 3) for first in range(3)]
+    assert found == [None, "step-00000001.2-of-2.mark.pt lacks optimizer", None]
+
+
 @pytest.mark.parametrize("call_number", range(17))
 def test_a_kill_at_any_call_of_a_save_loses_nothing(run, call_number):
     """The process is killed when it is about to make its n-th call that changes the disk. Two checkpoints are kept."""
@@ -507,6 +517,28 @@ def test_a_save_that_fails_is_tried_again_at_the_next(trained, monkeypatch, caps
     run = trained("r", "--steps 15 --save_every 5")
     assert "cannot save in r (no room); trying again" in capsys.readouterr().out
     assert steps == [5, 10, 15] and [state_of(run, step)["step"] for step in (10, 15)] == [10, 15]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_which_counts_before_the_next_save(trained, monkeypatch):
+    write_part, progress, begin, written, valid = checkpoint.write_part, train.Log.progress, Event(), Event(), []
+
+    def write_late(*given):
+        assert begin.wait(30)
+        record = write_part(*given)
+        written.set()
+        return record
+
+    def watched(log, step):
+        progress(log, step)
+        valid.append(Path("r/step-00000010.json").exists())
+        if step == 12:
+            begin.set()
+            assert written.wait(30)
+
+    monkeypatch.setattr(checkpoint, "write_part", write_late)
+    monkeypatch.setattr(train.Log, "progress", watched)
+    trained("r", "--steps 20 --save_every 10")
+    assert not any(valid[:12]) and valid[-1]
 
 
 def test_metrics_that_cannot_be_written_do_not_stop_a_run(alone, tmp_path, capsys, monkeypatch):
@@ -768,15 +800,20 @@ def test_a_damaged_shard_is_refused(refused, data, tmp_path, how, told):
 
 @pytest.mark.parametrize("save_every", [1, 10**6])
 def test_damage_found_in_training_stops_it_before_a_save(refused, data, tmp_path, monkeypatch, save_every):
-    def damaged_shard(folder, meta, first, every):
-        assert (folder, first, every) == (data, 0, 1)
+    """By one rank of three on its node, which read a share of the files each."""
+    given = []
+
+    def damaged_shard(*what):
+        given.append(what[0:1] + what[2:])
         wait_for_step(tmp_path / "r", 1)
         return "the data is damaged"
 
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(prepare, "damaged_shard", damaged_shard)
     monkeypatch.setattr(train.threading.Thread, "join", lambda *_: None)
-    flags = [*TINY, "--data", data, "--steps", 10**6, "--save_every", save_every, "--eval_every", 10**6]
+    flags = [*TINY, "--data", data, "--steps", 2000, "--save_every", save_every, "--eval_every", 10**6]
     assert "the data is damaged" in refused(train, *flags, "--out", "r")
+    assert given == [(data, 0, 3)] and max(rows(tmp_path / "r", "loss")) < 2000
     assert not list(tmp_path.glob("r/step-*"))
 
 
