@@ -165,7 +165,7 @@ RECIPES: dict[str, dict] = {
 # How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
 FINE_TUNING = {"epochs": 3.0, "batch_tokens": 8192, "weight_decay": 0.0}
 PUBLISHED_LR = 2e-5
-OPEN_SETTINGS = {"vocab_size", "seq_len", "dropout", "balance_loss", "router_z_loss"}  # of a trained model
+OPEN_SETTINGS = {"dropout", "balance_loss", "router_z_loss"}  # of a trained model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop
@@ -304,7 +304,7 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
         config = state = None
         if is_first:
             config, source, state = find_start(given, run, source)
-        config, source, step = from_rank_0((config, source, state["step"] if state else 0))
+        config, source, step = from_rank_0((config, source, state["step"] if run else 0))
         return config, step, state or (tensors_at(source) if source else None)
 
 
@@ -313,9 +313,10 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
     the program if a new run would be in the way of another."""
     if out == "":
         fail("--out is empty")
-    is_run = bool(out) and (newest or Path(out, "config.json").exists())
-    if out and not (resume and is_run) and any([*Path(out).glob("*.json"), *Path(out).glob("metrics.jsonl")]):
-        fail(f"{out} already holds a run: continue it with --out {out} --resume, or choose another --out")
+    if out and any([*Path(out).glob("*.json"), *Path(out).glob("metrics.jsonl")]):
+        if not (resume and (newest or Path(out, "config.json").exists())):
+            how = prepare.command("train.py", "--out", out, "--resume")
+            fail(f"{out} already holds a run: continue it with {how}, or choose another --out")
     if not resume:
         return None
     if out and not newest:
@@ -329,28 +330,27 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
 def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Config, Path | None, dict | None]:
     """The config, and the source and the state of the weights, as rank 0 finds them; `source` is the checkpoint with
     which `run` goes on, if it does. Raises ValueError, or ends the program, if the settings allow no start."""
-    state, before, step = None, None, 0
+    state, base = None, {}  # the settings that `given` ones override
     if run:
         state = read_checkpoint(source)
-        step = state["step"]
-        print(f"resuming {source.with_suffix('')}, step {step}")
-        saved = {**state["config"], "stop_at": None, "out": str(run)}
-        say_what_changes(run, saved, given)
-        given, before = {**saved, **given}, build_config(saved)
+        print(f"resuming {source.with_suffix('')}, step {state['step']}")
+        base = {**state["config"], "stop_at": None, "out": str(run)}
+        say_what_changes(run, base, given)
     else:
         if given.get("out") and (written := Path(given["out"], "config.json")).exists():  # a run without a checkpoint
             given = {**read_settings(written), **given}
         if given.get("init"):
             state, source = load_source(given["init"])
-            state["step"] = 0
-            given = fine_tuning(given, state["config"])
-    config = build_config(given)
-    if before:  # the data goes on where it was
-        check_shape(f"the model of {config.out}", before, config)
+            base = fine_tuning(given, state["config"])
+    config = build_config({**base, **given})
+    if state:
+        check_shape(config, state["config"], bool(run))
+    if run:  # the data goes on where it was
+        before = build_config(base)
         if (before.seq_len, before.seed) != (config.seq_len, config.seed):
             print("the order of the data changes: in this epoch some text may come twice, and some not at all")
-        n_drawn = (step * before.batch_tokens + before.shift) // config.seq_len  # windows of the new length
-        config = config.changed(shift=n_drawn * config.seq_len - step * config.batch_tokens)
+        n_drawn = (state["step"] * before.batch_tokens + before.shift) // config.seq_len  # windows of the new length
+        config = config.changed(shift=n_drawn * config.seq_len - state["step"] * config.batch_tokens)
     world, n_micro = dist.get_world_size(), (config.batch_tokens or 0) // (config.micro_batch * config.seq_len)
     if n_micro % world:
         legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
@@ -365,35 +365,38 @@ def say_what_changes(run: Path, saved: dict, given: dict) -> None:
     do not. Ends the program if --init is among them."""
     if given.get("init", saved["init"]) != saved["init"]:
         fail("--init starts a new run and --resume continues one: leave out one of them")
-    for name in sorted(saved.keys() & given.keys()):
-        if saved[name] != given[name]:
-            print(f"changed by the command line: {name} from {saved[name]} to {given[name]}")
     written = read_settings(run / "config.json") if (run / "config.json").exists() else {}
-    for name in sorted(written.keys() & saved.keys() - {"stop_at", *given}):
-        if written[name] != saved[name]:
-            print(f"--resume ignores {name} {written[name]} in config.json, for {saved[name]}: give it as --{name}")
-
-
-def check_shape(what: str, trained: GPTConfig, wanted: GPTConfig) -> None:
-    """End the program if a setting that a trained model depends on is another one."""
-    for name in sorted(model_settings(asdict(trained)).keys() - OPEN_SETTINGS):
-        if (value := getattr(trained, name)) != (other := getattr(wanted, name)):
-            fail(f"{what} has {name} {value}, not {other}: leave that setting out")
+    for name, value in sorted(saved.items()):
+        if given.get(name, value) != value:
+            print(f"changed by the command line: {name} from {value} to {given[name]}")
+        if name not in ("stop_at", *given) and written.get(name, value) != value:
+            print(f"--resume ignores {name} {written[name]} in config.json, for {value}: give it as --{name}")
 
 
 def fine_tuning(given: dict, trained: dict) -> dict:
-    """The settings `given`, over those of --init: the shape of its model, but not how that was `trained`. Ends the
-    program if `given` asks for another shape."""
-    theirs = {**model_settings(trained), "dropout": GPTConfig.dropout}
-    shape, wanted = GPTConfig(**theirs), GPTConfig(**{**theirs, **model_settings(given)})
-    check_shape(f"the model of --init {given['init']}", shape, wanted)
-    if shape.position == "learned" and wanted.seq_len > shape.seq_len:
-        fail(f"the model of --init {given['init']} has learned {shape.seq_len} positions: lower --seq_len to that")
-    recipe = {**FINE_TUNING, "lr": trained.get("lr", PUBLISHED_LR), "seq_len": min(theirs["seq_len"], 1024)}
-    recipe["context"] = trained.get("context") or theirs["seq_len"]
+    """The settings of a model that is fine-tuned, where none are `given`: its shape, but not how it was `trained`."""
+    shape = model_settings(trained)
+    recipe = {**FINE_TUNING, "lr": trained.get("lr", PUBLISHED_LR), "seq_len": min(shape["seq_len"], 1024)}
+    recipe |= {"dropout": Config.dropout, "context": trained.get("context") or shape["seq_len"]}
     if "micro_batch" not in given:
         recipe["batch_tokens"] = None  # fine_tuning_batch() will choose
-    return {**theirs, **recipe, **given}
+    return {**shape, **recipe}
+
+
+def check_shape(config: Config, trained: dict, resumed: bool) -> None:
+    """End the program if `config` changes a setting on which weights depend that were `trained` with these, or the
+    state of their optimizer, if that is `resumed` as well."""
+    shape = asdict(GPTConfig(**model_settings(trained)))
+    if resumed:
+        what, shape["optimizer"] = f"the model of {config.out}", trained["optimizer"]
+    else:  # it can have more tokens than before, and fewer positions
+        what = f"the model of --init {config.init}"
+        shape["vocab_size"] = max(shape["vocab_size"], config.vocab_size)
+        shape["seq_len"] = min(shape["seq_len"], config.seq_len)
+    free = OPEN_SETTINGS | ({"seq_len"} if config.position == "rope" else set())
+    for name in sorted(shape.keys() - free):
+        if shape[name] != (other := getattr(config, name)):
+            fail(f"{what} has {name} {shape[name]}, not {other}: leave that setting out")
 
 
 def warn_of_rise(config: Config, step: int, state: dict | None) -> None:
@@ -432,22 +435,17 @@ def check_fit(config: Config, meta: dict, step: int, state: dict) -> dict[str, i
             fail(f"{wrong}: prepare it with --tokenizer {shlex.quote(config.init or config.out)}")
         if step > 0 and state["data"] != shard_hashes(meta, "train")[: len(state["data"])]:  # older ones lack masks
             fail(f"{config.data} is not the data set that this run started with: prepare it again, or start a new run")
-        if step > 0 and (trained_with := state["config"]["optimizer"]) != config.optimizer:
-            fail(f"{config.out} was trained with --optimizer {trained_with} and must continue with it")
         weights, trained = state["model"], GPTConfig(**model_settings(state["config"]))
-        shapes = {name: p.shape for name, p in empty_model(trained, len(weights)).named_parameters()}
-        if only_in_one := shapes.keys() ^ weights.keys():
+        parameters = dict(empty_model(trained, len(weights)).named_parameters())
+        if only_in_one := parameters.keys() ^ weights.keys():
             raise ValueError(f"{min(only_in_one)} is not in both it and the model")
-        for name, parameter in empty_model(config, len(weights)).named_parameters():
-            n, n_new = shapes[name][0], len(parameter) - shapes[name][0]
-            held = len(rows_of_part(n, 0, len(weights.parts))), *parameter.shape[1:]  # by the first part
-            if weights.part(0)[name].shape != held:
+        for name, parameter in parameters.items():
+            n_rows = len(rows_of_part(len(parameter), 0, len(weights.parts)))  # of the first part
+            if weights.part(0)[name].shape != (n_rows, *parameter.shape[1:]):
                 raise ValueError(f"{name} has another shape")
-            if step == 0 and n_new > 0 and name in ("embedding.weight", "head.weight"):
-                print(f"{n_new} new tokens: their rows of {name} begin as the mean of the others")
-            elif n_new and not (step == 0 and n_new < 0 and name == "positions.weight"):  # these may be fewer
-                raise ValueError(f"{name} has {n} rows, not {len(parameter)}")
-        return {name: shape[0] for name, shape in shapes.items()}
+        if n_new := config.vocab_size - trained.vocab_size:
+            print(f"{n_new} new tokens: their embeddings begin as the mean of the others")
+        return {name: len(parameter) for name, parameter in parameters.items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}")
 
