@@ -311,19 +311,20 @@ def read_checkpoint(record: Path) -> dict:
     return {**{name: first[name] for name in HEAD}, "config": config, **tensors}
 
 
+def is_whole(record: Path) -> bool:
+    """Whether a checkpoint is whole, of which each rank reads some files. Rank 0 names a damaged one."""
+    problems = from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size()))
+    if any(problems) and dist.get_rank() == 0:
+        print(f"damaged: {record} ({next(filter(None, problems))})", file=sys.stderr)
+    return not any(problems)
+
+
 def newest_whole(run: Path) -> Path:
-    """The JSON of the newest checkpoint of a run that no rank finds damaged."""
+    """The JSON of the newest checkpoint of a run that is whole."""
     for record in from_rank_0(sorted(run.glob(f"{CHECKPOINT}.json"), reverse=True)):
-        if (problem := damage_anywhere(record)) is None:
+        if is_whole(record):
             return record
-        if dist.get_rank() == 0:
-            print(f"damaged: {record} ({problem})", file=sys.stderr)
     stop_all_ranks(f"there is no intact checkpoint left in {run}")
-
-
-def damage_anywhere(record: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: each rank reads some of its files."""
-    return next(filter(None, from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size()))), None)
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:

@@ -50,14 +50,13 @@ import threading
 import time
 import timeit
 import traceback
-import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -71,8 +70,8 @@ from torch.utils.checkpoint import checkpoint
 
 import prepare
 from chat import IGNORED, Conversations, dialogues
-from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, damage_anywhere, fill, from_all_ranks, from_rank_0
-from checkpoint import held, newest_run, newest_whole, read_checkpoint, restore_optimizers, rows_of_part, stop_all_ranks
+from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, fill, from_all_ranks, from_rank_0, held, is_whole
+from checkpoint import newest_run, newest_whole, read_checkpoint, restore_optimizers, rows_of_part, stop_all_ranks
 from checkpoint import sum_over_ranks
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, document_blocks, empty_model, has_bfloat16
 from model import initial_rows, model_settings
@@ -109,7 +108,7 @@ class Config(GPTConfig):
     grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     skip_bad_steps: int = 0  # steps with a non-finite gradient to skip before the run stops
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if the processor has it
     recompute: bool = False  # keep only the input of each block, and compute the rest again in the backward pass
     compile: bool | None = None  # torch.compile (default: on CUDA only)
     device: str | None = None  # cpu, cuda, mps, ... (default: the accelerator if there is one)
@@ -177,7 +176,7 @@ def train(given: dict, resume: bool) -> None:
     config, step, state = open_run(given, resume)
     config, meta, train_data, val_data = open_data(config)
     verification = Verification(config.data, meta)
-    warn_of_rise(config, step, state)
+    say_what_changes(config, given, step, state)
     if step >= config.stop_at:
         print(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
         return
@@ -301,10 +300,11 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
         is_first = dist.get_rank() == 0
         run = from_rank_0(run_to_resume(out, resume, newest) if is_first else None)
         source = newest_whole(run) if run else None
-        config = state = None
+        config = state = step = None
         if is_first:
             config, source, state = find_start(given, run, source)
-        config, source, step = from_rank_0((config, source, state["step"] if run else 0))
+            step = state["step"] if run else 0
+        config, source, step = from_rank_0((config, source, step))
         return config, step, state or (tensors_at(source) if source else None)
 
 
@@ -315,8 +315,7 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
         fail("--out is empty")
     if out and any([*Path(out).glob("*.json"), *Path(out).glob("metrics.jsonl")]):
         if not (resume and (newest or Path(out, "config.json").exists())):
-            how = prepare.command("train.py", "--out", out, "--resume")
-            fail(f"{out} already holds a run: continue it with {how}, or choose another --out")
+            fail(f"{out} already holds a run: continue it with {how_to_resume(out)}, or choose another --out")
     if not resume:
         return None
     if out and not newest:
@@ -327,6 +326,12 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
     return run
 
 
+def how_to_resume(out: str) -> str:
+    """The command for it, with the program that starts the ranks."""
+    resume = prepare.command("train.py", "--out", out, "--resume")
+    return resume.replace("python", "torchrun ...", 1) if dist.get_world_size() > 1 else resume
+
+
 def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Config, Path | None, dict | None]:
     """The config, and the source and the state of the weights, as rank 0 finds them; `source` is the checkpoint with
     which `run` goes on, if it does. Raises ValueError, or ends the program, if the settings allow no start."""
@@ -335,7 +340,6 @@ def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Conf
         state = read_checkpoint(source)
         print(f"resuming {source.with_suffix('')}, step {state['step']}")
         base = {**state["config"], "stop_at": None, "out": str(run)}
-        say_what_changes(run, base, given)
     else:
         if given.get("out") and (written := Path(given["out"], "config.json")).exists():  # a run without a checkpoint
             given = {**read_settings(written), **given}
@@ -347,8 +351,6 @@ def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Conf
         check_shape(config, state["config"], bool(run))
     if run:  # the data goes on where it was
         before = build_config(base)
-        if (before.seq_len, before.seed) != (config.seq_len, config.seed):
-            print("the order of the data changes: in this epoch some text may come twice, and some not at all")
         n_drawn = (state["step"] * before.batch_tokens + before.shift) // config.seq_len  # windows of the new length
         config = config.changed(shift=n_drawn * config.seq_len - state["step"] * config.batch_tokens)
     world, n_micro = dist.get_world_size(), (config.batch_tokens or 0) // (config.micro_batch * config.seq_len)
@@ -358,19 +360,6 @@ def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Conf
     if world % config.shard:
         fail(f"{world} processes cannot be divided into groups of --shard {config.shard}")
     return config, source, state
-
-
-def say_what_changes(run: Path, saved: dict, given: dict) -> None:
-    """Print which settings `given` change the `saved` ones of a run, and which that were written into its config.json
-    do not. Ends the program if --init is among them."""
-    if given.get("init", saved["init"]) != saved["init"]:
-        fail("--init starts a new run and --resume continues one: leave out one of them")
-    written = read_settings(run / "config.json") if (run / "config.json").exists() else {}
-    for name, value in sorted(saved.items()):
-        if given.get(name, value) != value:
-            print(f"changed by the command line: {name} from {value} to {given[name]}")
-        if name not in ("stop_at", *given) and written.get(name, value) != value:
-            print(f"--resume ignores {name} {written[name]} in config.json, for {value}: give it as --{name}")
 
 
 def fine_tuning(given: dict, trained: dict) -> dict:
@@ -388,7 +377,7 @@ def check_shape(config: Config, trained: dict, resumed: bool) -> None:
     state of their optimizer, if that is `resumed` as well."""
     shape = asdict(GPTConfig(**model_settings(trained)))
     if resumed:
-        what, shape["optimizer"] = f"the model of {config.out}", trained["optimizer"]
+        what, shape = f"the run in {config.out}", shape | {name: trained[name] for name in ("optimizer", "init")}
     else:  # it can have more tokens than before, and fewer positions
         what = f"the model of --init {config.init}"
         shape["vocab_size"] = max(shape["vocab_size"], config.vocab_size)
@@ -399,12 +388,21 @@ def check_shape(config: Config, trained: dict, resumed: bool) -> None:
             fail(f"{what} has {name} {shape[name]}, not {other}: leave that setting out")
 
 
-def warn_of_rise(config: Config, step: int, state: dict | None) -> None:
-    """Say on rank 0 if a resume raises the learning rate, which undoes what a run has learned in its decay."""
-    if dist.get_rank() > 0 or step == 0:
+def say_what_changes(config: Config, given: dict, step: int, state: dict | None) -> None:
+    """Print on rank 0 how a resume changes its run: the settings `given`, the order of the data, and a rise of the
+    learning rate, which undoes what was learned in its decay. Also what was written into config.json in vain."""
+    if step == 0 or dist.get_rank() > 0:
         return
-    rate, before = (lr_at(step, c) for c in (config, build_config(state["config"])))
-    if rate > max(config.lr / 10, 2 * before):
+    saved, before = state["config"], build_config(state["config"])
+    written = read_settings(path) if (path := Path(config.out, "config.json")).exists() else {}
+    for name in sorted(saved.keys() - {"out"}):
+        if name in given and given[name] != saved[name]:
+            print(f"changed by the command line: {name} from {saved[name]} to {given[name]}")
+        if name not in ("stop_at", *given) and written.get(name, saved[name]) != saved[name]:
+            print(f"--resume ignores {name} {written[name]} in config.json, for {saved[name]}: give it as --{name}")
+    if (before.seq_len, before.seed) != (config.seq_len, config.seed):
+        print("the order of the data changes: in this epoch some text may come twice, and some not at all")
+    if (rate := lr_at(step, config)) > max(config.lr / 10, 2 * lr_at(step, before)):
         print(f"the new schedule raises the learning rate to {rate:.2g}: set it with --lr and --warmup")
 
 
@@ -454,10 +452,8 @@ def open_folder(config: Config, meta: dict, step: int) -> Config:
     """Let rank 0 create the run's folder, by default runs/PRESET-N with the first free N, or remove from it what is in
     the way of continuing from `step`. Returns the config with the folder, on all ranks."""
     best = Path(config.out or "", "best.json")
-    problem = damage_anywhere(best) if step > 0 and from_rank_0(best.exists()) else None
+    best_is_damaged = step > 0 and from_rank_0(best.exists()) and not is_whole(best)
     if dist.get_rank() == 0:
-        if problem:
-            print(f"damaged: {best} ({problem})", file=sys.stderr)
         try:
             Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
             numbers = itertools.count(1)
@@ -468,7 +464,7 @@ def open_folder(config: Config, meta: dict, step: int) -> Config:
             run = Path(config.out)
             lock(run / ".lock", f"training in {run}")
             if step > 0 or (run / "config.json").exists():  # else the files in it are a user's
-                clear_folder(run, step, best_is_damaged=bool(problem))
+                clear_folder(run, step, best_is_damaged)
             prepare.write_json(run / "config.json", config.given)
             prepare.write_json(run / "tokenizer.json", meta["tokenizer"])  # for --tokenizer
         except OSError as error:
@@ -831,8 +827,7 @@ class Log(Console):
         rows = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):
-                if re.match(r'{"step": \d+, .*}$', line):
-                    rows.append(json.loads(line, parse_constant=lambda nan: None))
+                rows.append(json.loads(line, parse_constant=lambda nan: None))
         return rows
 
     def record(self, **row) -> None:
@@ -910,7 +905,7 @@ class Log(Console):
         where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
         problem = f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank applied it"
         self.line(problem)
-        return f"{problem}: continue with --out {self.config.out} --resume and a lower --lr"
+        return f"{problem}: continue with {how_to_resume(self.config.out)} --lr LOWER"
 
     def evaluation(self, step: int, val_loss: float, val_error: float, meta: dict) -> float:
         """Log an evaluation in nats per token, and in bits per byte where all tokens count. Returns val_loss."""
@@ -928,28 +923,23 @@ class Log(Console):
 
     def end(self, step: int, finished: bool, text: str | None, is_chat: bool) -> None:
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
-        if dist.get_rank() > 0:
-            return
         script = ("chat.py", self.config.out) if is_chat else ("sample.py", self.config.out, "--interactive")
-        if not finished and step == self.config.steps:
-            next_one = prepare.command(*script)
-            self.line(f"stopped in the last evaluation, after the last step was saved; next: {next_one}")
-        elif not finished:
-            resume = prepare.command("train.py", "--out", self.config.out, "--resume")
-            if dist.get_world_size() > 1:
-                resume = resume.replace("python", "torchrun ...", 1)
-            self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {resume}")
-        else:
+        use = prepare.command(*script)
+        if finished:
             if text:
                 self.line(f"\n{'answers to held-out questions' if is_chat else 'a sample'}:\n{text}")
             self.line(f"\n{self.plot()}\n{self.result} after {clock(time.monotonic() - self.started)}")
-            self.line(f"the run is in {self.config.out}; next: {prepare.command(*script)}")
+            self.line(f"the run is in {self.config.out}; next: {use}")
+        elif step == self.config.steps:
+            self.line(f"stopped in the last evaluation, after the last step was saved; next: {use}")
+        else:
+            how = how_to_resume(self.config.out)
+            self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {how}")
 
     def plot(self, width: int = 64, height: int = 12) -> str:
         """The losses of the run in characters, or nothing if there are fewer than ten."""
         rows, kinds = self.rows(), {"loss": ".", "val_loss": "o"}
-        marks = [(row["step"], row.get(key), mark) for key, mark in kinds.items() for row in rows]
-        marks = [mark for mark in marks if mark[1] is not None]
+        marks = [(r["step"], r[kind], mark) for kind, mark in kinds.items() for r in rows if r.get(kind) is not None]
         if len(marks) < 10:
             return ""
         high, low = (bound(loss for _, loss, _ in marks) for bound in (max, min))
@@ -994,20 +984,17 @@ class Machine(NamedTuple):
 def choose_machine(config: Config) -> tuple[Config, Machine]:
     """The config with the dtype chosen if it was open, and the machine."""
     with exit_on(ValueError):
-        device, device_reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    dtype, dtype_reason = config.dtype, "of this run"
+        device, reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    dtype = config.dtype
     if dtype == "auto":  # by a rule, not by a measurement, so that a command has the same result each time
-        dtype, dtype_reason = "float32", "no instructions for bfloat16 here"
-        if has_bfloat16(device):
-            dtype, dtype_reason = "bfloat16", "there are instructions for it"
-    dtype, dtype_reason = from_rank_0((dtype, dtype_reason))
+        dtype = "bfloat16" if from_rank_0(has_bfloat16(device)) else "float32"
     compiled = device.type == "cuda" if config.compile is None else config.compile
     hosts = from_all_ranks(socket.gethostname())
     on, off = "on (the first step may take a minute)", "off (--compile pays on CUDA, and in long runs elsewhere)"
     lines = {
         "ranks": f"{len(hosts)} on {', '.join(sorted(set(hosts)))}",
-        "device": f"{device} ({device_reason})",
-        "dtype": f"{dtype} ({dtype_reason})",
+        "device": f"{device} ({reason})",
+        "dtype": dtype,
         "compile": on if compiled else off,
     }
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
@@ -1050,14 +1037,11 @@ def start_processes(timeout: float) -> dist.Store:
 
 def check_same(what: str, mine: dict) -> None:
     """Stop unless `mine` is the same on every rank."""
-    if any_rank(repr(mine) != repr(from_rank_0(mine))) == [False]:  # nan differs from itself, but not in its repr
-        return
-    everyone = from_all_ranks(mine)
-    for rank, theirs in enumerate(everyone):
-        for name in sorted(everyone[0] | theirs):
-            first, other = everyone[0].get(name), theirs.get(name)
-            if repr(other) != repr(first):
-                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {other}, not {first}")
+    first, *others = from_all_ranks(mine)
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first | other):
+            if repr(first.get(name)) != repr(value := other.get(name)):  # nan differs from itself, but not in its repr
+                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {value}, not {first.get(name)}")
 
 
 class Stop:
@@ -1132,11 +1116,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=read_settings, metavar="FILE.json", help="read settings from a config.json")
-    hints = typing.get_type_hints(Config)
+    hints = get_type_hints(Config)
     for title, cls in (("training", Config), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
         for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE):
-            legal, default = typing.get_args(hints[name]) or (hints[name],), getattr(cls, name)
+            legal, default = get_args(hints[name]) or (hints[name],), getattr(cls, name)
             text += f" ({default})" if default is not None else ""
             if isinstance(legal[0], str):  # Literal["muon", "adamw"]
                 group.add_argument(f"--{name}", choices=legal, help=text)
@@ -1202,11 +1186,10 @@ def launch(work: Callable, given: dict, *more) -> None:
     dist.destroy_process_group()
     if world > 1 and (status or trace):
         silent = roll_call(store, refused=not trace)
-        if trace and silent is None:
-            status = 2
-        elif trace:
-            names = ", ".join(map(str, silent))
-            status = f"train.py: error: rank {names} of {world} does not answer ({reason})" if silent else trace
+        if trace:
+            status = 2 if silent is None else trace
+        if trace and silent:
+            status = f"train.py: error: rank {', '.join(map(str, silent))} of {world} does not answer ({reason})"
     if status:
         sys.exit(status)
 

@@ -313,8 +313,8 @@ def test_a_run_whose_folder_cannot_be_written_is_refused(run, refused):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--out run", "--resume"), ("--out run --resume --init run", "leave out one of them"),
-    ("--out run --resume --steps 22 --optimizer adamw", "the model of run has optimizer muon, not adamw"),
+    ("--out run", "--resume"), ("--out run --resume --init run", "init None, not run: leave that setting out"),
+    ("--out run --resume --steps 22 --optimizer adamw", "the run in run has optimizer muon, not adamw"),
     ("--out run --resume --vocab_size 300", "vocab_size 259, not 300"),
     ("--init run --vocab_size 258", "vocab_size 259, not 258"),
     ("--out run --resume --rope_base 99", "run has rope_base 10000.0, not 99.0: leave that setting out"),
