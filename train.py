@@ -71,8 +71,8 @@ from torch.utils.checkpoint import checkpoint
 import prepare
 from chat import IGNORED, Conversations, dialogues
 from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, fill, from_all_ranks, from_rank_0, held, is_whole
-from checkpoint import newest_run, newest_whole, read_checkpoint, restore_optimizers, rows_of_part, stop_all_ranks
-from checkpoint import sum_over_ranks
+from checkpoint import newest_run, newest_whole, rank_0_first, read_checkpoint, restore_optimizers, rows_of_part
+from checkpoint import stop_all_ranks, sum_over_ranks
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, document_blocks, empty_model, has_bfloat16
 from model import initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
@@ -511,13 +511,11 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     """The config with what follows from the data set (the number of steps, if epochs are given, and the vocabulary and
     the batch, if they are open), the data set's meta.json, and the windows of its two splits. Prepares the default data
     set if it does not exist."""
-    first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
-    for my_turn in (dist.get_rank() == 0, first_on_node):  # nodes without a shared disk prepare their own
-        if my_turn and config.data == Config.data and not Path(Config.data, "meta.json").exists():
+    with rank_0_first():
+        if config.data == Config.data and not Path(Config.data, "meta.json").exists():  # on this node
             print(f"preparing the default corpus in {Config.data}, once", flush=True)
             prepare.prepare([], Config.data, wait=True)
-        dist.barrier()
-    meta, shards = prepare.load_dataset(config.data, verify=False)  # see Verification
+        meta, shards = prepare.load_dataset(config.data, verify=False)  # see Verification
     compared = json.dumps({**meta, "sources": None}, sort_keys=True)  # these may be at another place on each node
     check_same("data set", {"SHA-256 of meta.json": hashlib.sha256(compared.encode()).hexdigest()})
     tokenizer, is_chat = Tokenizer.from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
@@ -535,7 +533,7 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     if vocab_size < n_used:
         used = f"text of {config.data} uses {n_used:,} of its tokenizer's {meta['vocab_size']:,} tokens"
         advice = f"leave --vocab_size out, or prepare {config.data} with the model's tokenizer"
-        fail(f"a vocabulary of {vocab_size:,} is too small, since {used}: {advice}")
+        stop_all_ranks(f"a vocabulary of {vocab_size:,} is too small, since {used}: {advice}")
     return config.changed(steps=steps, vocab_size=vocab_size), meta, train_data, val_data
 
 
@@ -579,7 +577,7 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
     """The windows of a split, or the rows into which its conversations are packed. Ends the program if it has none."""
     if is_chat:
         if f"{split}-mask" not in shards:
-            fail(f"{config.data} is of an earlier version: prepare it again with python chat.py --prepare")
+            stop_all_ranks(f"{config.data} is of an earlier version: prepare it again with python chat.py --prepare")
         windows = Conversations(shards[split], shards[f"{split}-mask"], config.seq_len, tokenizer.end_of_text)
         problem = f"has no conversation with an answer that ends within {config.seq_len} tokens: raise --seq_len"
     else:
@@ -590,7 +588,7 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
             advice = "prepare the text again with --val_tail --val_fraction 0.1"
         problem = f"is shorter than a window of {config.seq_len} tokens: {advice}"
     if windows.n_windows < 1:
-        fail(f"the {split} split of {config.data} {problem}")
+        stop_all_ranks(f"the {split} split of {config.data} {problem}")
     return windows
 
 
@@ -983,7 +981,7 @@ class Machine(NamedTuple):
 
 def choose_machine(config: Config) -> tuple[Config, Machine]:
     """The config with the dtype chosen if it was open, and the machine."""
-    with exit_on(ValueError):
+    with rank_0_first(), exit_on(ValueError):
         device, reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = config.dtype
     if dtype == "auto":  # by a rule, not by a measurement, so that a command has the same result each time
