@@ -46,16 +46,6 @@ def stop_all_ranks(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-@contextlib.contextmanager
-def rank_0_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others begin with it. If it fails there, they end without a message."""
-    if dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if dist.get_rank() == 0:
-        dist.barrier()
-
-
 def from_all_ranks(value) -> list:
     """The `value` of every rank, on every rank."""
     box = [None] * dist.get_world_size()
@@ -68,6 +58,16 @@ def from_rank_0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others begin with it. What would fail on all ranks is told once, by rank 0."""
+    if dist.get_rank() > 0:
+        from_rank_0(None)  # waits for it
+    yield
+    if dist.get_rank() == 0:
+        from_rank_0(None)
 
 
 def sum_over_ranks(*numbers: float) -> list[float]:

@@ -888,8 +888,6 @@ class Log(Console):
             loads = torch.stack([layer.load for layer in layers])
             row["expert_load"] = (torch.tensor(sum_over_ranks(*loads.flatten())).view_as(loads) / world).tolist()
         text = f"step {step:5,}/{self.config.steps:,}  loss {mean_loss:.4f}  {speed:9,.0f} tokens/s"
-        if self.machine.compile and last_step == self.first[0]:
-            text += f"  (compiled in {now - last_time:.0f} s)"
         if peak := self.machine.peak_flops:
             row["mfu"] = speed * self.model.flops_per_token() / (peak * world)
             text += f"  {row['mfu']:4.0%} of peak"
@@ -1085,12 +1083,10 @@ def roll_call(store: dist.Store, refused: bool) -> list[int] | None:
     try:
         store.append("refused", "yes" if refused else "")
         store.append("here", f"{rank} ")
-        end = time.monotonic() + 5
-        while True:
-            known, here = store.get("refused"), store.get("here").split()
-            if len(here) == world or time.monotonic() > end or (known and rank > 0):
-                break
+        end, known, here = time.monotonic() + 5, b"", []
+        while len(here) < world and time.monotonic() < end and not (known and rank > 0):
             time.sleep(0.1)
+            known, here = store.get("refused"), store.get("here").split()
         store.append("left", f"{rank} ")
         while rank == 0 and len(store.get("left").split()) < len(here) and time.monotonic() < end + 1:
             time.sleep(0.1)  # rank 0 may host the store, and leaves last
@@ -1147,10 +1143,8 @@ def build_config(given: dict) -> Config:
     settings = {**PRESETS[preset], **RECIPES.get(preset, FROM_SCRATCH), **given}
     if unknown := settings.keys() - {f.name for f in fields(Config)}:
         fail(f"unknown setting {', '.join(sorted(unknown))}: python train.py --help lists all of them")
-    try:
+    with exit_on(ValueError):
         return Config(**settings)
-    except ValueError as error:
-        fail(str(error))
 
 
 def parse(parser: argparse.ArgumentParser) -> dict:
