@@ -722,9 +722,8 @@ class Muon(torch.optim.Muon):
                 slot[: len(nesterov)] = nesterov
             if mine:
                 ahead = orthogonalised_by(same_copy, ahead, shape[0]) if mesh else orthogonalised(ahead[: len(mine)])
-            received = ahead.new_empty(size)
             for copy, work in by_copy.items():
-                updates = (ahead if work is mine else received)[: len(work)]
+                updates = ahead[: len(work)] if work is mine else ahead.new_empty(len(work), *size[1:])
                 if world > n_shards:  # a single rank may be on a device without a backend, such as mps
                     dist.broadcast(updates, src=copy * n_shards + rank % n_shards, group=same_part)
                 for update, matrix in zip(updates, work):
@@ -838,12 +837,13 @@ class Log(Console):
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # such as a full disk, which may have room again for the next checkpoint
             print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
+        if self.board is None:
+            return
         try:
             for name, value in row.items():
-                if self.board and isinstance(value, float):
+                if isinstance(value, float):
                     self.board.add_scalar(name, value, row["step"])
-            if self.board:
-                self.board.flush()  # or else an error would come up at another time
+            self.board.flush()  # or else an error would come up at another time
         except OSError as error:
             print(f"TensorBoard's curves end at step {row['step']}: {error}", file=sys.stderr)
             with contextlib.suppress(OSError):
