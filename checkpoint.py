@@ -289,10 +289,13 @@ def open_part(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def damage(record: Path, first: int = 0, every: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads some of its files: those number `first`, `first + every`, ..."""
+def damage(record: Path, first: int = 0, every: int = 1, known: Iterable[dict] = ()) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads some of its files: those number `first`, `first + every`, ...
+    What its JSON says of a file may be `known` from another one that is whole."""
     try:
         for number, named in list(enumerate(files_of(record)))[first::every]:
+            if named in known:
+                continue
             path = record.with_name(Path(named["file"]).name)
             if not path.exists():
                 return f"it names {path.name}, which is not beside it: give its files their own names again"
@@ -320,9 +323,9 @@ def read_checkpoint(record: Path) -> dict:
     return {**{name: first[name] for name in HEAD}, "config": config, **tensors}
 
 
-def is_whole(record: Path) -> bool:
+def is_whole(record: Path, known: Iterable[dict] = ()) -> bool:
     """Whether a checkpoint is whole, of which each rank reads some files. Rank 0 names a damaged one."""
-    problems = from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size()))
+    problems = from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size(), known))
     if any(problems) and dist.get_rank() == 0:
         print(f"damaged: {record} ({next(filter(None, problems))})", file=sys.stderr)
     return not any(problems)

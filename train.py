@@ -70,9 +70,9 @@ from torch.utils.checkpoint import checkpoint
 
 import prepare
 from chat import IGNORED, Conversations, dialogues
-from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, fill, from_all_ranks, from_rank_0, held, is_whole
-from checkpoint import newest_run, newest_whole, rank_0_first, read_checkpoint, restore_optimizers, rows_of_part
-from checkpoint import stop_all_ranks, sum_over_ranks
+from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, files_of, fill, from_all_ranks, from_rank_0, held
+from checkpoint import is_whole, newest_run, newest_whole, rank_0_first, read_checkpoint, restore_optimizers
+from checkpoint import rows_of_part, stop_all_ranks, sum_over_ranks
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, document_blocks, empty_model, has_bfloat16
 from model import initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
@@ -451,8 +451,8 @@ def check_fit(config: Config, meta: dict, step: int, state: dict) -> dict[str, i
 def open_folder(config: Config, meta: dict, step: int) -> Config:
     """Let rank 0 create the run's folder, by default runs/PRESET-N with the first free N, or remove from it what is in
     the way of continuing from `step`. Returns the config with the folder, on all ranks."""
-    best = Path(config.out or "", "best.json")
-    best_is_damaged = step > 0 and from_rank_0(best.exists()) and not is_whole(best)
+    best, newest = (Path(config.out or "", name) for name in ("best.json", f"step-{step:08d}.json"))  # newest is whole
+    best_is_damaged = step > 0 and from_rank_0(best.exists()) and not is_whole(best, files_of(newest))
     if dist.get_rank() == 0:
         try:
             Path(config.out or "runs").mkdir(parents=True, exist_ok=True)

@@ -280,6 +280,13 @@ def test_a_run_whose_last_saves_are_lost_makes_its_steps_again_and_logs_each_onc
     assert rows(run, "loss") == losses and config_of(run)["keep"] == 4
 
 
+def test_a_resume_reads_the_newest_checkpoint_once_although_it_is_the_best_as_well(run, trained, monkeypatch):
+    read, sha256_of = [], checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    trained("run", "--resume --steps 21")
+    assert read == ["step-00000020.pt", "step-00000021.pt"]
+
+
 def test_resuming_says_what_the_command_line_changes_and_whether_the_learning_rate_rises(run, trained, capsys):
     trained("run", "--resume --steps 40 --lr 4e-3 --eval_tokens 16")
     printed = capsys.readouterr().out
