@@ -327,7 +327,7 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
 
 
 def how_to_resume(out: str) -> str:
-    """The command for it, with the program that starts the ranks."""
+    """The command that continues a run, alone or in several processes."""
     resume = prepare.command("train.py", "--out", out, "--resume")
     return resume.replace("python", "torchrun ...", 1) if dist.get_world_size() > 1 else resume
 
@@ -919,6 +919,8 @@ class Log(Console):
 
     def end(self, step: int, finished: bool, text: str | None, is_chat: bool) -> None:
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
+        if dist.get_rank() > 0:  # or else all would read metrics.jsonl for the plot
+            return
         script = ("chat.py", self.config.out) if is_chat else ("sample.py", self.config.out, "--interactive")
         use = prepare.command(*script)
         if finished:
