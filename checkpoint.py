@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prepare import Console, fail, sha256_of, shard_hashes, write_json, written_whole
+from prepare import Console, command, fail, sha256_of, shard_hashes, write_json, written_whole
 
 CHECKPOINT = "step-" + 8 * "[0-9]"  # matches how the names of a checkpoint's files begin
 HEAD = {"step", "config", "tokenizer", "data"}  # what the first part holds beside tensors
@@ -58,6 +58,16 @@ def from_rank_0(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others begin with it. What would fail on all ranks is told once, by rank 0."""
+    if dist.get_rank() > 0:
+        from_rank_0(None)  # waits for it
+    yield
+    if dist.get_rank() == 0:
+        from_rank_0(None)
 
 
 def sum_over_ranks(*numbers: float) -> list[float]:
@@ -158,9 +168,9 @@ def commit(run: Path, step: int, parts: list[dict], keep: int, best_loss: float 
     write_json(run / f"step-{step:08d}.json", record)
     if best_loss is not None:
         write_json(run / "best.json", {**record, "val_loss": best_loss})
-    best = read_best(run).get("step")
+    best = read_best(run).get("step", 0)
     for old in sorted(run.glob(f"{CHECKPOINT}.json"))[:-keep]:
-        if old.stem != f"step-{best or 0:08d}":
+        if old.stem != f"step-{best:08d}":
             old.unlink()
             for file in run.glob(f"{old.stem}*.pt"):
                 file.unlink()
@@ -183,8 +193,8 @@ class Saver:
         self.config, self.meta, self.optimizers, self.log = config, meta, optimizers, log
         self.verification = verification
         self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
-        self.thread, self.writing = futures.ThreadPoolExecutor(1), None
-        self.pending = None  # the step that is being saved, and its val_loss if it is the best so far
+        self.thread = futures.ThreadPoolExecutor(1)
+        self.pending = None  # what this rank writes, the step that is saved, and its val_loss if it is the best so far
         self.best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
         self.mark = from_rank_0(os.urandom(3).hex())  # no late part of an earlier start can replace one of this
 
@@ -204,23 +214,23 @@ class Saver:
             if dist.get_rank() == 0:
                 state |= {"tokenizer": self.meta["tokenizer"], "data": shard_hashes(self.meta, "train")}
             place = dist.get_rank(), config.shard, self.mark
-            self.writing = self.thread.submit(write_part, Path(config.out), step, state, *place)
-        self.pending = step, best_loss
+            part = self.thread.submit(write_part, Path(config.out), step, state, *place)
+        else:  # it has a copy of what another rank writes
+            part = self.thread.submit(lambda: None)
+        self.pending = part, step, best_loss
         self.log.record(step=step, save_stall=time.monotonic() - start)
 
     def is_writing(self) -> bool:
-        return self.writing is not None and not self.writing.done()
+        return self.pending is not None and not self.pending[0].done()
 
     def commit(self) -> str | None:
         """Make the pending checkpoint valid, if there is one; no rank is still writing. Returns what went wrong, if
         anything."""
         if self.pending is None:
             return None
-        (step, best_loss), self.pending, run, written = self.pending, None, Path(self.config.out), None
-        problem = str(error) if self.writing and (error := self.writing.exception()) else None
-        if self.writing and not problem:
-            written = self.writing.result()
-        self.writing = None
+        (part, step, best_loss), self.pending, run = self.pending, None, Path(self.config.out)
+        problem = part.exception() and str(part.exception())
+        written = None if problem else part.result()
         parts, problems = zip(*from_all_ranks((written, problem)))
         problem, is_valid = next(filter(None, problems), None), False
         if problem is None and dist.get_rank() == 0:
@@ -237,8 +247,7 @@ class Saver:
     def wait(self) -> str | None:
         """Wait on all ranks until the pending checkpoint is valid. Returns what went wrong, if anything."""
         while any_rank(self.is_writing()) != [False]:  # one long wait could reach --timeout
-            if self.writing:
-                futures.wait([self.writing], timeout=0.1)
+            futures.wait([self.pending[0]], timeout=0.1)
         return self.commit()
 
 
@@ -280,10 +289,13 @@ def open_part(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def damage(record: Path, first: int = 0, every: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads some of its files: those number `first`, `first + every`, ..."""
+def damage(record: Path, first: int = 0, every: int = 1, known: Iterable[dict] = ()) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads some of its files: those number `first`, `first + every`, ...
+    What its JSON says of a file may be `known` from another one that is whole."""
     try:
         for number, named in list(enumerate(files_of(record)))[first::every]:
+            if named in known:
+                continue
             path = record.with_name(Path(named["file"]).name)
             if not path.exists():
                 return f"it names {path.name}, which is not beside it: give its files their own names again"
@@ -311,19 +323,20 @@ def read_checkpoint(record: Path) -> dict:
     return {**{name: first[name] for name in HEAD}, "config": config, **tensors}
 
 
+def is_whole(record: Path, known: Iterable[dict] = ()) -> bool:
+    """Whether a checkpoint is whole, of which each rank reads some files. Rank 0 names a damaged one."""
+    problems = from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size(), known))
+    if any(problems) and dist.get_rank() == 0:
+        print(f"damaged: {record} ({next(filter(None, problems))})", file=sys.stderr)
+    return not any(problems)
+
+
 def newest_whole(run: Path) -> Path:
-    """The JSON of the newest checkpoint of a run that no rank finds damaged."""
+    """The JSON of the newest checkpoint of a run that is whole."""
     for record in from_rank_0(sorted(run.glob(f"{CHECKPOINT}.json"), reverse=True)):
-        if (problem := damage_anywhere(record)) is None:
+        if is_whole(record):
             return record
-        if dist.get_rank() == 0:
-            print(f"damaged: {record} ({problem})", file=sys.stderr)
     stop_all_ranks(f"there is no intact checkpoint left in {run}")
-
-
-def damage_anywhere(record: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: each rank reads some of its files."""
-    return next(filter(None, from_all_ranks(damage(record, dist.get_rank(), dist.get_world_size()))), None)
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict | None) -> None:
@@ -358,7 +371,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     if not records and path.is_file():
         raise ValueError(f"{json_name} is not beside {path}: a checkpoint consists of both files")
     if not records:
-        raise ValueError(f"there is no checkpoint in {path}: make one with python train.py")
+        raise ValueError(f"there is no checkpoint in {path}: make one with {command('train.py')}")
     for record in records:
         if (problem := damage(record)) is None:
             return read_checkpoint(record), record
@@ -372,5 +385,5 @@ def newest_run(runs: str | Path = "runs") -> Path:
     """The folder in `runs` with the newest checkpoint. Raises ValueError if there is none."""
     records = written_at(Path(runs).glob(f"*/{CHECKPOINT}.json"))
     if not records:
-        raise ValueError(f"there is no checkpoint in {runs}/ yet: make one with python train.py")
+        raise ValueError(f"there is no checkpoint in {runs}/ yet: make one with {command('train.py')}")
     return max(records, key=records.get).parent

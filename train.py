@@ -50,14 +50,13 @@ import threading
 import time
 import timeit
 import traceback
-import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -71,9 +70,9 @@ from torch.utils.checkpoint import checkpoint
 
 import prepare
 from chat import IGNORED, Conversations, dialogues
-from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, damage_anywhere, fill, from_all_ranks, from_rank_0
-from checkpoint import held, newest_run, newest_whole, read_checkpoint, restore_optimizers, rows_of_part, stop_all_ranks
-from checkpoint import sum_over_ranks
+from checkpoint import CHECKPOINT, Saver, any_rank, clear_folder, files_of, fill, from_all_ranks, from_rank_0, held
+from checkpoint import is_whole, newest_run, newest_whole, rank_0_first, read_checkpoint, restore_optimizers
+from checkpoint import rows_of_part, stop_all_ranks, sum_over_ranks
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, document_blocks, empty_model, has_bfloat16
 from model import initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
@@ -109,7 +108,7 @@ class Config(GPTConfig):
     grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     skip_bad_steps: int = 0  # steps with a non-finite gradient to skip before the run stops
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if the processor has it
     recompute: bool = False  # keep only the input of each block, and compute the rest again in the backward pass
     compile: bool | None = None  # torch.compile (default: on CUDA only)
     device: str | None = None  # cpu, cuda, mps, ... (default: the accelerator if there is one)
@@ -165,7 +164,7 @@ RECIPES: dict[str, dict] = {
 # How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
 FINE_TUNING = {"epochs": 3.0, "batch_tokens": 8192, "weight_decay": 0.0}
 PUBLISHED_LR = 2e-5
-OPEN_SETTINGS = {"vocab_size", "seq_len", "dropout", "balance_loss", "router_z_loss"}  # of a trained model
+OPEN_SETTINGS = {"dropout", "balance_loss", "router_z_loss"}  # of a trained model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop
@@ -177,7 +176,7 @@ def train(given: dict, resume: bool) -> None:
     config, step, state = open_run(given, resume)
     config, meta, train_data, val_data = open_data(config)
     verification = Verification(config.data, meta)
-    warn_of_rise(config, step, state)
+    say_what_changes(config, given, step, state)
     if step >= config.stop_at:
         print(f"{config.out} is already at step {step}: give more --steps, or a later --stop_at, to continue")
         return
@@ -301,10 +300,11 @@ def open_run(given: dict, resume: bool) -> tuple[Config, int, dict | None]:
         is_first = dist.get_rank() == 0
         run = from_rank_0(run_to_resume(out, resume, newest) if is_first else None)
         source = newest_whole(run) if run else None
-        config = state = None
+        config = state = step = None
         if is_first:
             config, source, state = find_start(given, run, source)
-        config, source, step = from_rank_0((config, source, state["step"] if state else 0))
+            step = state["step"] if run else 0
+        config, source, step = from_rank_0((config, source, step))
         return config, step, state or (tensors_at(source) if source else None)
 
 
@@ -313,9 +313,9 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
     the program if a new run would be in the way of another."""
     if out == "":
         fail("--out is empty")
-    is_run = bool(out) and (newest or Path(out, "config.json").exists())
-    if out and not (resume and is_run) and any([*Path(out).glob("*.json"), *Path(out).glob("metrics.jsonl")]):
-        fail(f"{out} already holds a run: continue it with --out {out} --resume, or choose another --out")
+    if out and any([*Path(out).glob("*.json"), *Path(out).glob("metrics.jsonl")]):
+        if not (resume and (newest or Path(out, "config.json").exists())):
+            fail(f"{out} already holds a run: continue it with {how_to_resume(out)}, or choose another --out")
     if not resume:
         return None
     if out and not newest:
@@ -326,31 +326,33 @@ def run_to_resume(out: str | None, resume: bool, newest: str) -> Path | None:
     return run
 
 
+def how_to_resume(out: str) -> str:
+    """The command that continues a run, alone or in several processes."""
+    resume = prepare.command("train.py", "--out", out, "--resume")
+    return resume.replace("python", "torchrun ...", 1) if dist.get_world_size() > 1 else resume
+
+
 def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Config, Path | None, dict | None]:
     """The config, and the source and the state of the weights, as rank 0 finds them; `source` is the checkpoint with
     which `run` goes on, if it does. Raises ValueError, or ends the program, if the settings allow no start."""
-    state, before, step = None, None, 0
+    state, base = None, {}  # the settings that `given` ones override
     if run:
         state = read_checkpoint(source)
-        step = state["step"]
-        print(f"resuming {source.with_suffix('')}, step {step}")
-        saved = {**state["config"], "stop_at": None, "out": str(run)}
-        say_what_changes(run, saved, given)
-        given, before = {**saved, **given}, build_config(saved)
+        print(f"resuming {source.with_suffix('')}, step {state['step']}")
+        base = {**state["config"], "stop_at": None, "out": str(run)}
     else:
         if given.get("out") and (written := Path(given["out"], "config.json")).exists():  # a run without a checkpoint
             given = {**read_settings(written), **given}
         if given.get("init"):
             state, source = load_source(given["init"])
-            state["step"] = 0
-            given = fine_tuning(given, state["config"])
-    config = build_config(given)
-    if before:  # the data goes on where it was
-        check_shape(f"the model of {config.out}", before, config)
-        if (before.seq_len, before.seed) != (config.seq_len, config.seed):
-            print("the order of the data changes: in this epoch some text may come twice, and some not at all")
-        n_drawn = (step * before.batch_tokens + before.shift) // config.seq_len  # windows of the new length
-        config = config.changed(shift=n_drawn * config.seq_len - step * config.batch_tokens)
+            base = fine_tuning(given, state["config"])
+    config = build_config({**base, **given})
+    if state:
+        check_shape(config, state["config"], bool(run))
+    if run:  # the data goes on where it was
+        before = build_config(base)
+        n_drawn = (state["step"] * before.batch_tokens + before.shift) // config.seq_len  # windows of the new length
+        config = config.changed(shift=n_drawn * config.seq_len - state["step"] * config.batch_tokens)
     world, n_micro = dist.get_world_size(), (config.batch_tokens or 0) // (config.micro_batch * config.seq_len)
     if n_micro % world:
         legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
@@ -360,48 +362,47 @@ def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Conf
     return config, source, state
 
 
-def say_what_changes(run: Path, saved: dict, given: dict) -> None:
-    """Print which settings `given` change the `saved` ones of a run, and which that were written into its config.json
-    do not. Ends the program if --init is among them."""
-    if given.get("init", saved["init"]) != saved["init"]:
-        fail("--init starts a new run and --resume continues one: leave out one of them")
-    for name in sorted(saved.keys() & given.keys()):
-        if saved[name] != given[name]:
-            print(f"changed by the command line: {name} from {saved[name]} to {given[name]}")
-    written = read_settings(run / "config.json") if (run / "config.json").exists() else {}
-    for name in sorted(written.keys() & saved.keys() - {"stop_at", *given}):
-        if written[name] != saved[name]:
-            print(f"--resume ignores {name} {written[name]} in config.json, for {saved[name]}: give it as --{name}")
-
-
-def check_shape(what: str, trained: GPTConfig, wanted: GPTConfig) -> None:
-    """End the program if a setting that a trained model depends on is another one."""
-    for name in sorted(model_settings(asdict(trained)).keys() - OPEN_SETTINGS):
-        if (value := getattr(trained, name)) != (other := getattr(wanted, name)):
-            fail(f"{what} has {name} {value}, not {other}: leave that setting out")
-
-
 def fine_tuning(given: dict, trained: dict) -> dict:
-    """The settings `given`, over those of --init: the shape of its model, but not how that was `trained`. Ends the
-    program if `given` asks for another shape."""
-    theirs = {**model_settings(trained), "dropout": GPTConfig.dropout}
-    shape, wanted = GPTConfig(**theirs), GPTConfig(**{**theirs, **model_settings(given)})
-    check_shape(f"the model of --init {given['init']}", shape, wanted)
-    if shape.position == "learned" and wanted.seq_len > shape.seq_len:
-        fail(f"the model of --init {given['init']} has learned {shape.seq_len} positions: lower --seq_len to that")
-    recipe = {**FINE_TUNING, "lr": trained.get("lr", PUBLISHED_LR), "seq_len": min(theirs["seq_len"], 1024)}
-    recipe["context"] = trained.get("context") or theirs["seq_len"]
+    """The settings of a model that is fine-tuned, where none are `given`: its shape, but not how it was `trained`."""
+    shape = model_settings(trained)
+    recipe = {**FINE_TUNING, "lr": trained.get("lr", PUBLISHED_LR), "seq_len": min(shape["seq_len"], 1024)}
+    recipe |= {"dropout": Config.dropout, "context": trained.get("context") or shape["seq_len"]}
     if "micro_batch" not in given:
         recipe["batch_tokens"] = None  # fine_tuning_batch() will choose
-    return {**theirs, **recipe, **given}
+    return {**shape, **recipe}
 
 
-def warn_of_rise(config: Config, step: int, state: dict | None) -> None:
-    """Say on rank 0 if a resume raises the learning rate, which undoes what a run has learned in its decay."""
-    if dist.get_rank() > 0 or step == 0:
+def check_shape(config: Config, trained: dict, resumed: bool) -> None:
+    """End the program if `config` changes a setting on which weights depend that were `trained` with these, or the
+    state of their optimizer, if that is `resumed` as well."""
+    shape = asdict(GPTConfig(**model_settings(trained)))
+    if resumed:
+        what, shape = f"the run in {config.out}", shape | {name: trained[name] for name in ("optimizer", "init")}
+    else:  # it can have more tokens than before, and fewer positions
+        what = f"the model of --init {config.init}"
+        shape["vocab_size"] = max(shape["vocab_size"], config.vocab_size)
+        shape["seq_len"] = min(shape["seq_len"], config.seq_len)
+    free = OPEN_SETTINGS | ({"seq_len"} if config.position == "rope" else set())
+    for name in sorted(shape.keys() - free):
+        if shape[name] != (other := getattr(config, name)):
+            fail(f"{what} has {name} {shape[name]}, not {other}: leave that setting out")
+
+
+def say_what_changes(config: Config, given: dict, step: int, state: dict | None) -> None:
+    """Print on rank 0 how a resume changes its run: the settings `given`, the order of the data, and a rise of the
+    learning rate, which undoes what was learned in its decay. Also what was written into config.json in vain."""
+    if step == 0 or dist.get_rank() > 0:
         return
-    rate, before = (lr_at(step, c) for c in (config, build_config(state["config"])))
-    if rate > max(config.lr / 10, 2 * before):
+    saved, before = state["config"], build_config(state["config"])
+    written = read_settings(path) if (path := Path(config.out, "config.json")).exists() else {}
+    for name in sorted(saved.keys() - {"out"}):
+        if name in given and given[name] != saved[name]:
+            print(f"changed by the command line: {name} from {saved[name]} to {given[name]}")
+        if name not in ("stop_at", *given) and written.get(name, saved[name]) != saved[name]:
+            print(f"--resume ignores {name} {written[name]} in config.json, for {saved[name]}: give it as --{name}")
+    if (before.seq_len, before.seed) != (config.seq_len, config.seed):
+        print("the order of the data changes: in this epoch some text may come twice, and some not at all")
+    if (rate := lr_at(step, config)) > max(config.lr / 10, 2 * lr_at(step, before)):
         print(f"the new schedule raises the learning rate to {rate:.2g}: set it with --lr and --warmup")
 
 
@@ -432,22 +433,17 @@ def check_fit(config: Config, meta: dict, step: int, state: dict) -> dict[str, i
             fail(f"{wrong}: prepare it with --tokenizer {shlex.quote(config.init or config.out)}")
         if step > 0 and state["data"] != shard_hashes(meta, "train")[: len(state["data"])]:  # older ones lack masks
             fail(f"{config.data} is not the data set that this run started with: prepare it again, or start a new run")
-        if step > 0 and (trained_with := state["config"]["optimizer"]) != config.optimizer:
-            fail(f"{config.out} was trained with --optimizer {trained_with} and must continue with it")
         weights, trained = state["model"], GPTConfig(**model_settings(state["config"]))
-        shapes = {name: p.shape for name, p in empty_model(trained, len(weights)).named_parameters()}
-        if only_in_one := shapes.keys() ^ weights.keys():
+        parameters = dict(empty_model(trained, len(weights)).named_parameters())
+        if only_in_one := parameters.keys() ^ weights.keys():
             raise ValueError(f"{min(only_in_one)} is not in both it and the model")
-        for name, parameter in empty_model(config, len(weights)).named_parameters():
-            n, n_new = shapes[name][0], len(parameter) - shapes[name][0]
-            held = len(rows_of_part(n, 0, len(weights.parts))), *parameter.shape[1:]  # by the first part
-            if weights.part(0)[name].shape != held:
+        for name, parameter in parameters.items():
+            n_rows = len(rows_of_part(len(parameter), 0, len(weights.parts)))  # of the first part
+            if weights.part(0)[name].shape != (n_rows, *parameter.shape[1:]):
                 raise ValueError(f"{name} has another shape")
-            if step == 0 and n_new > 0 and name in ("embedding.weight", "head.weight"):
-                print(f"{n_new} new tokens: their rows of {name} begin as the mean of the others")
-            elif n_new and not (step == 0 and n_new < 0 and name == "positions.weight"):  # these may be fewer
-                raise ValueError(f"{name} has {n} rows, not {len(parameter)}")
-        return {name: shape[0] for name, shape in shapes.items()}
+        if n_new := config.vocab_size - trained.vocab_size:
+            print(f"{n_new} new tokens: their embeddings begin as the mean of the others")
+        return {name: len(parameter) for name, parameter in parameters.items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit: {' '.join(str(error).split())[:300]}")
 
@@ -455,11 +451,9 @@ def check_fit(config: Config, meta: dict, step: int, state: dict) -> dict[str, i
 def open_folder(config: Config, meta: dict, step: int) -> Config:
     """Let rank 0 create the run's folder, by default runs/PRESET-N with the first free N, or remove from it what is in
     the way of continuing from `step`. Returns the config with the folder, on all ranks."""
-    best = Path(config.out or "", "best.json")
-    problem = damage_anywhere(best) if step > 0 and from_rank_0(best.exists()) else None
+    best, newest = (Path(config.out or "", name) for name in ("best.json", f"step-{step:08d}.json"))  # newest is whole
+    best_is_damaged = step > 0 and from_rank_0(best.exists()) and not is_whole(best, files_of(newest))
     if dist.get_rank() == 0:
-        if problem:
-            print(f"damaged: {best} ({problem})", file=sys.stderr)
         try:
             Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
             numbers = itertools.count(1)
@@ -470,7 +464,7 @@ def open_folder(config: Config, meta: dict, step: int) -> Config:
             run = Path(config.out)
             lock(run / ".lock", f"training in {run}")
             if step > 0 or (run / "config.json").exists():  # else the files in it are a user's
-                clear_folder(run, step, best_is_damaged=bool(problem))
+                clear_folder(run, step, best_is_damaged)
             prepare.write_json(run / "config.json", config.given)
             prepare.write_json(run / "tokenizer.json", meta["tokenizer"])  # for --tokenizer
         except OSError as error:
@@ -517,13 +511,11 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     """The config with what follows from the data set (the number of steps, if epochs are given, and the vocabulary and
     the batch, if they are open), the data set's meta.json, and the windows of its two splits. Prepares the default data
     set if it does not exist."""
-    first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
-    for my_turn in (dist.get_rank() == 0, first_on_node):  # nodes without a shared disk prepare their own
-        if my_turn and config.data == Config.data and not Path(Config.data, "meta.json").exists():
+    with rank_0_first():
+        if config.data == Config.data and not Path(Config.data, "meta.json").exists():  # on this node
             print(f"preparing the default corpus in {Config.data}, once", flush=True)
             prepare.prepare([], Config.data, wait=True)
-        dist.barrier()
-    meta, shards = prepare.load_dataset(config.data, verify=False)  # see Verification
+        meta, shards = prepare.load_dataset(config.data, verify=False)  # see Verification
     compared = json.dumps({**meta, "sources": None}, sort_keys=True)  # these may be at another place on each node
     check_same("data set", {"SHA-256 of meta.json": hashlib.sha256(compared.encode()).hexdigest()})
     tokenizer, is_chat = Tokenizer.from_dict(meta["tokenizer"]), meta["tokenizer"].get("chat", False)
@@ -541,7 +533,7 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
     if vocab_size < n_used:
         used = f"text of {config.data} uses {n_used:,} of its tokenizer's {meta['vocab_size']:,} tokens"
         advice = f"leave --vocab_size out, or prepare {config.data} with the model's tokenizer"
-        fail(f"a vocabulary of {vocab_size:,} is too small, since {used}: {advice}")
+        stop_all_ranks(f"a vocabulary of {vocab_size:,} is too small, since {used}: {advice}")
     return config.changed(steps=steps, vocab_size=vocab_size), meta, train_data, val_data
 
 
@@ -585,7 +577,7 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
     """The windows of a split, or the rows into which its conversations are packed. Ends the program if it has none."""
     if is_chat:
         if f"{split}-mask" not in shards:
-            fail(f"{config.data} is of an earlier version: prepare it again with python chat.py --prepare")
+            stop_all_ranks(f"{config.data} is of an earlier version: prepare it again with python chat.py --prepare")
         windows = Conversations(shards[split], shards[f"{split}-mask"], config.seq_len, tokenizer.end_of_text)
         problem = f"has no conversation with an answer that ends within {config.seq_len} tokens: raise --seq_len"
     else:
@@ -596,7 +588,7 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
             advice = "prepare the text again with --val_tail --val_fraction 0.1"
         problem = f"is shorter than a window of {config.seq_len} tokens: {advice}"
     if windows.n_windows < 1:
-        fail(f"the {split} split of {config.data} {problem}")
+        stop_all_ranks(f"the {split} split of {config.data} {problem}")
     return windows
 
 
@@ -730,9 +722,8 @@ class Muon(torch.optim.Muon):
                 slot[: len(nesterov)] = nesterov
             if mine:
                 ahead = orthogonalised_by(same_copy, ahead, shape[0]) if mesh else orthogonalised(ahead[: len(mine)])
-            received = ahead.new_empty(size)
             for copy, work in by_copy.items():
-                updates = (ahead if work is mine else received)[: len(work)]
+                updates = ahead[: len(work)] if work is mine else ahead.new_empty(len(work), *size[1:])
                 if world > n_shards:  # a single rank may be on a device without a backend, such as mps
                     dist.broadcast(updates, src=copy * n_shards + rank % n_shards, group=same_part)
                 for update, matrix in zip(updates, work):
@@ -833,8 +824,7 @@ class Log(Console):
         rows = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):
-                if re.match(r'{"step": \d+, .*}$', line):
-                    rows.append(json.loads(line, parse_constant=lambda nan: None))
+                rows.append(json.loads(line, parse_constant=lambda nan: None))
         return rows
 
     def record(self, **row) -> None:
@@ -847,12 +837,13 @@ class Log(Console):
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # such as a full disk, which may have room again for the next checkpoint
             print(f"the metrics of step {row['step']} are lost: {error}", file=sys.stderr)
+        if self.board is None:
+            return
         try:
             for name, value in row.items():
-                if self.board and isinstance(value, float):
+                if isinstance(value, float):
                     self.board.add_scalar(name, value, row["step"])
-            if self.board:
-                self.board.flush()  # or else an error would come up at another time
+            self.board.flush()  # or else an error would come up at another time
         except OSError as error:
             print(f"TensorBoard's curves end at step {row['step']}: {error}", file=sys.stderr)
             with contextlib.suppress(OSError):
@@ -912,7 +903,7 @@ class Log(Console):
         where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
         problem = f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank applied it"
         self.line(problem)
-        return f"{problem}: continue with --out {self.config.out} --resume and a lower --lr"
+        return f"{problem}: continue with {how_to_resume(self.config.out)} --lr LOWER"
 
     def evaluation(self, step: int, val_loss: float, val_error: float, meta: dict) -> float:
         """Log an evaluation in nats per token, and in bits per byte where all tokens count. Returns val_loss."""
@@ -930,28 +921,25 @@ class Log(Console):
 
     def end(self, step: int, finished: bool, text: str | None, is_chat: bool) -> None:
         """Print `text`, a sample from the finished model, or how to continue a run that stopped early."""
-        if dist.get_rank() > 0:
+        if dist.get_rank() > 0:  # or else all would read metrics.jsonl for the plot
             return
         script = ("chat.py", self.config.out) if is_chat else ("sample.py", self.config.out, "--interactive")
-        if not finished and step == self.config.steps:
-            next_one = prepare.command(*script)
-            self.line(f"stopped in the last evaluation, after the last step was saved; next: {next_one}")
-        elif not finished:
-            resume = prepare.command("train.py", "--out", self.config.out, "--resume")
-            if dist.get_world_size() > 1:
-                resume = resume.replace("python", "torchrun ...", 1)
-            self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {resume}")
-        else:
+        use = prepare.command(*script)
+        if finished:
             if text:
                 self.line(f"\n{'answers to held-out questions' if is_chat else 'a sample'}:\n{text}")
             self.line(f"\n{self.plot()}\n{self.result} after {clock(time.monotonic() - self.started)}")
-            self.line(f"the run is in {self.config.out}; next: {prepare.command(*script)}")
+            self.line(f"the run is in {self.config.out}; next: {use}")
+        elif step == self.config.steps:
+            self.line(f"stopped in the last evaluation, after the last step was saved; next: {use}")
+        else:
+            how = how_to_resume(self.config.out)
+            self.line(f"stopped at step {step}{' and saved' if step else ''}; to continue: {how}")
 
     def plot(self, width: int = 64, height: int = 12) -> str:
         """The losses of the run in characters, or nothing if there are fewer than ten."""
         rows, kinds = self.rows(), {"loss": ".", "val_loss": "o"}
-        marks = [(row["step"], row.get(key), mark) for key, mark in kinds.items() for row in rows]
-        marks = [mark for mark in marks if mark[1] is not None]
+        marks = [(r["step"], r[kind], mark) for kind, mark in kinds.items() for r in rows if r.get(kind) is not None]
         if len(marks) < 10:
             return ""
         high, low = (bound(loss for _, loss, _ in marks) for bound in (max, min))
@@ -995,21 +983,18 @@ class Machine(NamedTuple):
 
 def choose_machine(config: Config) -> tuple[Config, Machine]:
     """The config with the dtype chosen if it was open, and the machine."""
-    with exit_on(ValueError):
-        device, device_reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    dtype, dtype_reason = config.dtype, "of this run"
+    with rank_0_first(), exit_on(ValueError):
+        device, reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    dtype = config.dtype
     if dtype == "auto":  # by a rule, not by a measurement, so that a command has the same result each time
-        dtype, dtype_reason = "float32", "no instructions for bfloat16 here"
-        if has_bfloat16(device):
-            dtype, dtype_reason = "bfloat16", "there are instructions for it"
-    dtype, dtype_reason = from_rank_0((dtype, dtype_reason))
+        dtype = "bfloat16" if from_rank_0(has_bfloat16(device)) else "float32"
     compiled = device.type == "cuda" if config.compile is None else config.compile
     hosts = from_all_ranks(socket.gethostname())
     on, off = "on (the first step may take a minute)", "off (--compile pays on CUDA, and in long runs elsewhere)"
     lines = {
         "ranks": f"{len(hosts)} on {', '.join(sorted(set(hosts)))}",
-        "device": f"{device} ({device_reason})",
-        "dtype": f"{dtype} ({dtype_reason})",
+        "device": f"{device} ({reason})",
+        "dtype": dtype,
         "compile": on if compiled else off,
     }
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
@@ -1052,14 +1037,11 @@ def start_processes(timeout: float) -> dist.Store:
 
 def check_same(what: str, mine: dict) -> None:
     """Stop unless `mine` is the same on every rank."""
-    if any_rank(repr(mine) != repr(from_rank_0(mine))) == [False]:  # nan differs from itself, but not in its repr
-        return
-    everyone = from_all_ranks(mine)
-    for rank, theirs in enumerate(everyone):
-        for name in sorted(everyone[0] | theirs):
-            first, other = everyone[0].get(name), theirs.get(name)
-            if repr(other) != repr(first):
-                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {other}, not {first}")
+    first, *others = from_all_ranks(mine)
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first | other):
+            if repr(first.get(name)) != repr(value := other.get(name)):  # nan differs from itself, but not in its repr
+                stop_all_ranks(f"rank {rank} has another {what} than rank 0: {name} is {value}, not {first.get(name)}")
 
 
 class Stop:
@@ -1105,12 +1087,10 @@ def roll_call(store: dist.Store, refused: bool) -> list[int] | None:
     try:
         store.append("refused", "yes" if refused else "")
         store.append("here", f"{rank} ")
-        end = time.monotonic() + 5
-        while True:
-            known, here = store.get("refused"), store.get("here").split()
-            if len(here) == world or time.monotonic() > end or (known and rank > 0):
-                break
+        end, known, here = time.monotonic() + 5, b"", []
+        while len(here) < world and time.monotonic() < end and not (known and rank > 0):
             time.sleep(0.1)
+            known, here = store.get("refused"), store.get("here").split()
         store.append("left", f"{rank} ")
         while rank == 0 and len(store.get("left").split()) < len(here) and time.monotonic() < end + 1:
             time.sleep(0.1)  # rank 0 may host the store, and leaves last
@@ -1134,11 +1114,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=read_settings, metavar="FILE.json", help="read settings from a config.json")
-    hints = typing.get_type_hints(Config)
+    hints = get_type_hints(Config)
     for title, cls in (("training", Config), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
         for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE):
-            legal, default = typing.get_args(hints[name]) or (hints[name],), getattr(cls, name)
+            legal, default = get_args(hints[name]) or (hints[name],), getattr(cls, name)
             text += f" ({default})" if default is not None else ""
             if isinstance(legal[0], str):  # Literal["muon", "adamw"]
                 group.add_argument(f"--{name}", choices=legal, help=text)
@@ -1167,10 +1147,8 @@ def build_config(given: dict) -> Config:
     settings = {**PRESETS[preset], **RECIPES.get(preset, FROM_SCRATCH), **given}
     if unknown := settings.keys() - {f.name for f in fields(Config)}:
         fail(f"unknown setting {', '.join(sorted(unknown))}: python train.py --help lists all of them")
-    try:
+    with exit_on(ValueError):
         return Config(**settings)
-    except ValueError as error:
-        fail(str(error))
 
 
 def parse(parser: argparse.ArgumentParser) -> dict:
@@ -1204,11 +1182,10 @@ def launch(work: Callable, given: dict, *more) -> None:
     dist.destroy_process_group()
     if world > 1 and (status or trace):
         silent = roll_call(store, refused=not trace)
-        if trace and silent is None:
-            status = 2
-        elif trace:
-            names = ", ".join(map(str, silent))
-            status = f"train.py: error: rank {names} of {world} does not answer ({reason})" if silent else trace
+        if trace:
+            status = 2 if silent is None else trace
+        if trace and silent:
+            status = f"train.py: error: rank {', '.join(map(str, silent))} of {world} does not answer ({reason})"
     if status:
         sys.exit(status)
 

@@ -486,7 +486,7 @@ def test_a_model_without_the_tokens_gets_rows_that_begin_as_the_mean(call, chat_
     old = ROOT / "tests" / "golden" / "run-2026-11"
     prepared(call, [talk(words(2, i), "ok") for i in range(60)], old)
     call(train, "--init", old, "--data", "data/t", "--seq_len", 64, "--out", "r", "--steps", 1, "--lr", 0)
-    assert "2 new tokens: their rows of embedding.weight begin as the mean" in capsys.readouterr().out
+    assert "2 new tokens: their embeddings begin as the mean" in capsys.readouterr().out
     before, after = state_of(old, 4)["model"], state_of(tmp_path / "r", 1)["model"]
     assert torch.equal(after["embedding.weight"][:257], before["embedding.weight"])  # the head is tied to it
     torch.testing.assert_close(after["embedding.weight"][257:], before["embedding.weight"].mean(0).expand(2, -1))
@@ -538,8 +538,8 @@ def test_a_context_is_shortened_in_training_alone_where_positions_are_rotary(cal
                                     if k in weights})  # fmt: skip
         Path("usual").touch()
         assert {path.stat().st_mode for path in Path(f"out-{position}").iterdir()} == {Path("usual").stat().st_mode}
-    told = refused(train, "--init", "learned", "--data", data, "--seq_len", 65)
-    assert "the model of --init learned has learned 64 positions: lower --seq_len to that" in told
+    told = refused(train, "--init", "learned", "--data", data, "--seq_len", 128)
+    assert "the model of --init learned has seq_len 64, not 128: leave that setting out" in told
 
 
 # ---- the terminal

@@ -237,6 +237,9 @@ def test_a_process_that_computes_for_ever_answers_a_signal_and_ends_with_the_sec
     (2, ["--seed", lambda rank: rank], "rank 1 has another version or setting than rank 0: seed is 1, not 0"),
     (2, ["--data", "set"], "rank 1 has another data set than rank 0"),
     (2, ["--out", "r", "--resume"], "rank 0 does not see step-00000005.json in r: all nodes must share that folder"),
+    (2, ["--data", "nowhere"], "nowhere is no data set"), (2, ["--device", "abacus"], "--device abacus cannot be used"),
+    (2, ["--vocab_size", "100"], "a vocabulary of 100 is too small"),
+    (2, ["--seq_len", "4096", "--batch_tokens", "32768"], "4096 tokens: use --seq_len 1024, or add text"),
     (3, [], "3 processes cannot share 2 micro-batches equally: use 1, 2, or another micro_batch"),
 ])
 def test_ranks_that_cannot_train_say_so_once_and_end(call, data, tmp_path, n, flags, told):

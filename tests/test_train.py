@@ -281,6 +281,13 @@ def test_a_run_whose_last_saves_are_lost_makes_its_steps_again_and_logs_each_onc
     assert rows(run, "loss") == losses and config_of(run)["keep"] == 4
 
 
+def test_a_resume_reads_the_newest_checkpoint_once_although_it_is_the_best_as_well(run, trained, monkeypatch):
+    read, sha256_of = [], checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    trained("run", "--resume --steps 21")
+    assert read == ["step-00000020.pt", "step-00000021.pt"]
+
+
 def test_resuming_says_what_the_command_line_changes_and_whether_the_learning_rate_rises(run, trained, capsys):
     trained("run", "--resume --steps 40 --lr 4e-3 --eval_tokens 16")
     printed = capsys.readouterr().out
@@ -314,8 +321,10 @@ def test_a_run_whose_folder_cannot_be_written_is_refused(run, refused):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--out run", "--resume"), ("--out run --resume --init run", "leave out one of them"),
-    ("--out run --resume --steps 22 --optimizer adamw", "--optimizer muon"),
+    ("--out run", "--resume"), ("--out run --resume --init run", "init None, not run: leave that setting out"),
+    ("--out run --resume --steps 22 --optimizer adamw", "the run in run has optimizer muon, not adamw"),
+    ("--out run --resume --vocab_size 300", "vocab_size 259, not 300"),
+    ("--init run --vocab_size 258", "vocab_size 259, not 258"),
     ("--out run --resume --rope_base 99", "run has rope_base 10000.0, not 99.0: leave that setting out"),
     ("--init run --n_layer 2 --n_inner 64", "the model of --init run has n_inner 128, not 64: leave that setting out"),
 ])
