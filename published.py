@@ -365,28 +365,6 @@ def save_published_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool = Fa
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing GGUF
 
-GGUF_MODULES = {
-    "embedding": "token_embd",
-    "positions": "position_embd",
-    "blocks.*.attention_norm": "blk.*.attn_norm",
-    "blocks.*.attention.query": "blk.*.attn_q",
-    "blocks.*.attention.key": "blk.*.attn_k",
-    "blocks.*.attention.value": "blk.*.attn_v",
-    "blocks.*.attention.out": "blk.*.attn_output",
-    "blocks.*.attention.query_norm": "blk.*.attn_q_norm",
-    "blocks.*.attention.key_norm": "blk.*.attn_k_norm",
-    "blocks.*.mlp_norm": "blk.*.ffn_norm",
-    "blocks.*.mlp.gate": "blk.*.ffn_gate",
-    "blocks.*.mlp.up": "blk.*.ffn_up",
-    "blocks.*.mlp.down": "blk.*.ffn_down",
-    "blocks.*.mlp.router": "blk.*.ffn_gate_inp",
-    "blocks.*.mlp.experts.*.gate": "blk.*.ffn_gate_exps",  # all experts are stacked in one
-    "blocks.*.mlp.experts.*.up": "blk.*.ffn_up_exps",
-    "blocks.*.mlp.experts.*.down": "blk.*.ffn_down_exps",
-    "norm": "output_norm",
-    "head": "output",
-}
-GGUF_GPT2 = {f"blocks.*.attention.{name}": "blk.*.attn_qkv" for name in ("query", "key", "value")}  # stacked in one
 GGUF_PATTERNS = {"llama-bpe": GPT4_PATTERN, "gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN, "qwen2": QWEN_PATTERN}
 NORMAL, CONTROL, IN_TEXT, UNUSED = 1, 3, 4, 5  # kinds of tokens there
 
@@ -397,7 +375,7 @@ def save_gguf(
     """Write a model with its tokenizer as one GGUF file, with `half` its matrices in float16. Raises ValueError, by
     name, for what llama.cpp cannot express."""
     try:
-        from gguf import GGUFWriter
+        from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
     except ImportError:
         raise ValueError("writing GGUF needs gguf: pip install gguf") from None
     _, family = family_of(config)
@@ -431,8 +409,11 @@ def save_gguf(
         writer.add_expert_used_count(config.n_expert_active)
         writer.add_expert_feed_forward_length(config.n_inner)
 
-    modules = GGUF_MODULES | (GGUF_GPT2 if is_gpt2 else {})
-    for theirs, ours in layout(modules, model_with(config, weights)).items():
+    architecture = next(number for number, name in MODEL_ARCH_NAMES.items() if name == family.gguf)
+    names = get_tensor_name_map(architecture, config.n_layer)  # from those in transformers
+    modules = {ours: theirs.replace("experts.*", "experts") for ours, theirs in family.modules.items()}  # stacked there
+    for name, ours in layout(modules, model_with(config, weights)).items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         parts = [weights[name].float() for name in ours]
         tensor = torch.stack(parts) if ".experts." in ours[0] else torch.cat(parts)
         if family.gguf == "llama" and re.search(r"attn_[qk]\.", theirs):  # pairs of channels stand side by side there
