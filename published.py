@@ -296,18 +296,17 @@ def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 # Writing a folder
 
 
-def missing_in(family: Family, config: GPTConfig) -> list[str]:
-    """The settings of `config` that the family cannot express."""
-    expressed = {name: getattr(config, name) for name in (*family.settings, *ONLY_IN_TRAINING)}
-    nearest = GPTConfig(**{**family.base, **expressed})
-    return [f.name for f in fields(GPTConfig) if getattr(nearest, f.name) != getattr(config, f.name)]
-
-
 def family_of(config: GPTConfig) -> tuple[str, Family]:
     """The family that can express `config`, and its model_type. Raises ValueError if there is none."""
-    model_type = min(FAMILIES, key=lambda name: len(missing_in(FAMILIES[name], config)))
-    if missing := missing_in(FAMILIES[model_type], config):
-        listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
+    missing = {}  # from each family: the settings that it cannot express
+    for model_type, family in FAMILIES.items():
+        expressed = {name: getattr(config, name) for name in (*family.settings, *ONLY_IN_TRAINING)}
+        nearest = GPTConfig(**{**family.base, **expressed})
+        names = (field.name for field in fields(GPTConfig))
+        missing[model_type] = [name for name in names if getattr(nearest, name) != getattr(config, name)]
+    model_type = min(missing, key=lambda name: len(missing[name]))
+    if missing[model_type]:
+        listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing[model_type])
         raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {listed}")
     return model_type, FAMILIES[model_type]
 
@@ -365,6 +364,7 @@ def save_published_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool = Fa
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing GGUF
 
+# The names there of the patterns that cut text
 GGUF_PATTERNS = {"llama-bpe": GPT4_PATTERN, "gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN, "qwen2": QWEN_PATTERN}
 NORMAL, CONTROL, IN_TEXT, UNUSED = 1, 3, 4, 5  # kinds of tokens there
 
@@ -384,6 +384,9 @@ def save_gguf(
     for name, value in computed.items():  # by its code, whatever a file says
         if getattr(config, name) != value:
             raise ValueError(f"llama.cpp computes {family.gguf} with {name} {value}, not {getattr(config, name)}")
+    pattern = next((name for name, pattern in GGUF_PATTERNS.items() if tokenizer.cuts_like(pattern)), None)
+    if pattern is None:
+        raise ValueError(f"llama.cpp has no name for the pattern of the tokenizer {tokenizer.name}")
     writer = GGUFWriter(path, family.gguf)
     writer.add_name(path.stem)
     writer.add_file_type(1 if half else 0)
@@ -429,7 +432,7 @@ def save_gguf(
             if i < config.vocab_size:  # models of plain text can lack the control tokens of conversations
                 tokens[i], kinds[i] = text, kind
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(gguf_pattern(tokenizer))
+    writer.add_tokenizer_pre(pattern)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(plain["merges"] or ["ÿ ÿ"])  # there must be one: of a byte that no text has
@@ -442,14 +445,6 @@ def save_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def gguf_pattern(tokenizer: Tokenizer) -> str:
-    """The name in llama.cpp of the pattern that cuts text. Raises ValueError if there is none."""
-    for name, pattern in GGUF_PATTERNS.items():
-        if tokenizer.cuts_like(pattern):
-            return name
-    raise ValueError(f"llama.cpp has no name for the pattern of the tokenizer {tokenizer.name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
