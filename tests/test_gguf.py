@@ -39,7 +39,7 @@ def trained(pattern: str) -> Tokenizer:
     ranks = train_bpe(counts, 400)
     special = {name: len(ranks) + i for i, name in enumerate((*tokenizers.SPECIAL_TOKENS, "<|begin_of_text|>"))}
     added = {"<think>": len(ranks) + 4, "</think>": len(ranks) + 5}
-    return Tokenizer.of("trained", pattern, ranks, special, added=added, begin=special["<|begin_of_text|>"])
+    return Tokenizer("trained", pattern, ranks, special, added=added, begin=special["<|begin_of_text|>"])
 
 
 @contextmanager
