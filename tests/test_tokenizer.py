@@ -96,7 +96,7 @@ def test_long_chunks_are_cut_before_a_tokenizer_learns_from_them(monkeypatch):
     seen, texts = Counter(), ["ACGT" * 10_000, " not this", " the end", " nor this"]
     monkeypatch.setattr(prepare, "BPE_SAMPLE_BYTES", 20_000)
     monkeypatch.setattr("tokenizer.train_bpe", lambda counts, size, progress: seen.update(counts) or dict(BYTES))
-    prepare.tokenizer_for([("train", [Part(text)]) for text in texts], 300, 40_000)
+    prepare.tokenizer_for([("train", [Part(text)], True) for text in texts], 300, 40_000)
     assert max(map(len, seen)) <= MAX_CHUNK and seen["ACGT" * (MAX_CHUNK // 4)] > 100
     assert sum(len(chunk) * count for chunk, count in seen.items()) == 40_008
 
