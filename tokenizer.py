@@ -18,7 +18,6 @@ as ordinary characters. A published tokenizer can have other tokens that are fou
 tiktoken does the encoding.
 """
 
-import argparse
 import base64
 import heapq
 import json
@@ -468,7 +467,8 @@ class Template(NamedTuple):
 
 @cache
 def compiled(jinja: str):
-    """A program, as transformers runs it. It may be a stranger's, but in this sandbox it can only write text."""
+    """A program, as transformers runs it. It may be a stranger's, but in this sandbox it can only write text, at worst
+    without end, until Ctrl-C."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch installs it
 
     options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
@@ -521,22 +521,3 @@ def published_template(folder: Path, special: dict[str, int]) -> Template | str 
         return Template(source, max(ends, key=len))
     except ValueError as error:
         return f"the chat template of {folder.name} cannot be used: {error}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Show the tokens of a text.")
-    parser.add_argument("tokenizer", help="byte, gpt2, ..., or the folder of a run or a model")
-    parser.add_argument("text")
-    args = parser.parse_args()
-    try:
-        tokenizer = named_tokenizer(args.tokenizer)
-    except ValueError as error:
-        parser.error(str(error))
-    if isinstance(tokenizer, int):
-        parser.error("bpe:N has no tokens before prepare.py has trained it: name a run")
-    for token in tokenizer.encode(args.text).tolist():
-        print(f"{token:7} {tokenizer.bytes_of(token)}")
-
-
-if __name__ == "__main__":
-    main()
