@@ -16,7 +16,6 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from checkpoint import Tensors, load_checkpoint, tensors_of
 from model import GPT, GPT2, GPTConfig, empty_model, model_settings, model_with, rotary_frequencies
-from prepare import exit_on, fail, write_json
+from prepare import exit_on, fail, write_json, written_whole
 from tokenizer import DIGITS_PATTERN, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN
 from tokenizer import Tokenizer, load_tokenizer, published_jinja, to_tokenizer_json
 
@@ -388,7 +387,7 @@ def save_gguf(
     if pattern is None:
         raise ValueError(f"llama.cpp has no name for the pattern of the tokenizer {tokenizer.name}")
     writer = GGUFWriter(path, family.gguf)
-    writer.add_name(path.stem)
+    writer.add_name(path.name.partition(".gguf")[0])  # until it is complete, another ending follows
     writer.add_file_type(1 if half else 0)
     writer.add_context_length(config.seq_len)
     writer.add_embedding_length(config.n_embd)
@@ -453,7 +452,7 @@ def save_gguf(
 
 def export(target: Path, run: Path, half: bool = False) -> None:
     """Write the newest checkpoint of a run with its tokenizer, as a GGUF file if the name says so, else as a folder."""
-    is_gguf, partial = target.suffix == ".gguf", target.with_name(target.name + ".partial")
+    is_gguf = target.suffix == ".gguf"
     if half and not is_gguf:
         fail("--half is for GGUF: name a file that ends with .gguf")
     with exit_on(ValueError, OSError):
@@ -467,15 +466,13 @@ def export(target: Path, run: Path, half: bool = False) -> None:
         if config.position == "rope":  # fine-tuning with a shorter --seq_len does not shorten the context
             config = config.changed(seq_len=max(config.seq_len, state["config"].get("context") or 0))
         if is_gguf:
-            save_gguf(partial, config, state["model"], tokenizer, chat, half)
-            partial.replace(target)
+            with written_whole(target) as file:  # which save_gguf opens by its name
+                save_gguf(Path(file.name), config, state["model"], tokenizer, chat, half)
         else:
             end = sorted(tokenizer.ends, reverse=True) if chat else tokenizer.end_of_text
             save_published(target, config, state["model"], tokenizer.begin, end)
             save_published_tokenizer(target, tokenizer, chat)
     except Exception as error:  # noqa: BLE001 - safetensors has exceptions of its own
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         fail(f"cannot export {record.with_suffix('')}: {error}")
     names = "" if is_gguf else f": {', '.join(sorted(path.name for path in target.iterdir()))}"
     print(f"exported step {state['step']} of {record.parent} to {target}{names}")
