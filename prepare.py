@@ -12,11 +12,10 @@ A data set is a folder:
     data/mine/val-00000.npy ...     the same for the val split, the text held out from training
     data/mine/meta.json             the tokenizer, the sizes, and the SHA-256 of each shard
 
-In the shards, each document is followed by the token <|endoftext|>, and by the one that begins the next document where
-that is another, as in Llama 3. A document is a text file, or one record of a
-.jsonl, .json (also with .gz) or .parquet file. Where the loss does not count all tokens (conversations, see chat.py),
-train-mask-00000.npy and so on tell which. The folder gets its name when it is complete; until then it is called
-data/mine.partial, and only one process at a time can make it.
+A document is a text file, or one record of a .jsonl, .json (also with .gz) or .parquet file. In the shards, each one is
+followed by the token <|endoftext|>, and by the one that begins the next where that is another, as in Llama 3. Where the
+loss does not count all tokens (conversations, see chat.py), train-mask-00000.npy and so on tell which. The folder gets
+its name when it is complete; until then it is called data/mine.partial, and only one process at a time can make it.
 
 Text is read in pieces of about a megabyte, so memory use stays small however large the input is:
 files -> documents -> pieces of text, each for one split -> token ids -> shards -> windows.
