@@ -108,13 +108,9 @@ def prepare(inputs: list[str], out: str | Path, tokenizer: str, val_fraction: fl
 
     def pieces(skipped: Skipped) -> Iterator[Piece]:
         if inputs:
-            talks = conversations(new.files, new.val_fraction, template, skipped)
-        else:
-            default = stdlib_conversations(new.files, new.val_fraction)
-            talks = ((split, parts_of(template, messages)) for split, _, messages in default)
-        for split, parts in talks:
-            yield split, parts
-            yield split, None
+            return conversations(new.files, new.val_fraction, template, skipped)
+        default = stdlib_conversations(new.files, new.val_fraction)
+        return ((split, parts_of(template, messages), True) for split, _, messages in default)
 
     new.write(pieces)
 
@@ -161,7 +157,7 @@ def conversations(files: list[Path], val_fraction: float, template: Template, sk
             skipped.unused.update(unused)
             roles = [message["role"] for message in messages]
             asked = messages[: roles.index("assistant", roles.index("user"))] if "user" in roles else messages
-            yield split_of(json.dumps(asked).encode(), val_fraction), parts
+            yield split_of(json.dumps(asked).encode(), val_fraction), parts, True
 
 
 def taking_turns(texts: list[str]) -> list[Message]:
@@ -172,19 +168,18 @@ def taking_turns(texts: list[str]) -> list[Message]:
 def turns_in(record: object) -> tuple[list, dict]:
     """The messages of a record in one of the usual layouts, as they are there, and its other keys. Raises ValueError
     for other records."""
-    keys = {}
-    match record:
-        case list(turns):
-            pass
+    match {"messages": record} if isinstance(record, list) else record:
         case {"messages": list(turns), **keys} | {"conversations": list(turns), **keys}:
             pass
         case {"prompt": list(asked), "completion": list(answered), **keys}:
             turns = asked + answered
         case {"instruction": str(asked), "output": answered, **keys} if isinstance(keys.get("input") or "", str):
             turns = [f"{asked}\n\n{keys.pop('input', None) or ''}".strip(), answered]
-        case {"prompt": asked, "completion": answered, **keys} | {"question": asked, "answer": answered, **keys}:
-            turns = [asked, answered]
-        case {"input": asked, "output": answered, **keys}:
+        case (
+            {"prompt": asked, "completion": answered, **keys}
+            | {"question": asked, "answer": answered, **keys}
+            | {"input": asked, "output": answered, **keys}
+        ):
             turns = [asked, answered]
         case _:
             raise ValueError("records that are not conversations")

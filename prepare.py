@@ -12,11 +12,10 @@ A data set is a folder:
     data/mine/val-00000.npy ...     the same for the val split, the text held out from training
     data/mine/meta.json             the tokenizer, the sizes, and the SHA-256 of each shard
 
-In the shards, each document is followed by the token <|endoftext|>, and by the one that begins the next document where
-that is another, as in Llama 3. A document is a text file, or one record of a
-.jsonl, .json (also with .gz) or .parquet file. Where the loss does not count all tokens (conversations, see chat.py),
-train-mask-00000.npy and so on tell which. The folder gets its name when it is complete; until then it is called
-data/mine.partial, and only one process at a time can make it.
+A document is a text file, or one record of a .jsonl, .json (also with .gz) or .parquet file. In the shards, each one is
+followed by the token <|endoftext|>, and by the one that begins the next where that is another, as in Llama 3. Where the
+loss does not count all tokens (conversations, see chat.py), train-mask-00000.npy and so on tell which. The folder gets
+its name when it is complete; until then it is called data/mine.partial, and only one process at a time can make it.
 
 Text is read in pieces of about a megabyte, so memory use stays small however large the input is:
 files -> documents -> pieces of text, each for one split -> token ids -> shards -> windows.
@@ -70,8 +69,8 @@ OUR_FILES = r"(train|val)(-mask)?-\d{5}\.npy|meta\.json(\.partial)?"  # in a dat
 
 CHAT_KEYS = {"messages", "conversations", "completion", "answer", "output"}  # of the records that chat.py reads
 
-Piece = tuple[str, list[Part] | None]  # a split and what to add to it; None marks the end of a document
-# The same encoded: the split, bytes of text, tokens, which of these are targets, and whether a document ends here
+Piece = tuple[str, list[Part], bool]  # a split, what to add to it, and whether a document ends with that
+# The same encoded: the split, bytes of text, tokens, which of these are targets, and whether a document ends
 Encoded = tuple[str, int, np.ndarray, np.ndarray, bool]
 
 
@@ -213,7 +212,7 @@ class NewDataset:
 def tokenizer_for(pieces: Iterable[Piece], vocab_size: int, total_bytes: int) -> Tokenizer:
     """Train a tokenizer on text of the train split, of which it takes at most about BPE_SAMPLE_BYTES."""
     sample_every, console = math.ceil(total_bytes / BPE_SAMPLE_BYTES), Console(sys.stderr, log_every=10)
-    texts = ((split, part.text) for split, parts in pieces for part in parts or () if not part.control)
+    texts = ((split, part.text) for split, parts, _ in pieces for part in parts if not part.control)
     sized = ((split, len(text.encode()), text) for split, text in texts)
     read = enumerate(with_progress(sized, "reading for the tokenizer", total_bytes))
     sample = (text for i, (split, _, text) in read if split == "train" and i % sample_every == 0)
@@ -395,10 +394,8 @@ def split_pieces(files: list[Path], field: str, val_fraction: float, tail: bool,
                 shares = [(split_of_document(stream, val_fraction), size)]
             stream.seek(0)
             for split, share in shares:
-                for text in read_pieces(stream, share):
-                    yield split, [Part(text)]
-                if share:
-                    yield split, None
+                for text, is_last in read_pieces(stream, share):
+                    yield split, [Part(text)], is_last
 
 
 def are_few(files: list[Path], field: str, val_fraction: float) -> bool:
@@ -423,10 +420,10 @@ def split_of(key: bytes, val_fraction: float) -> str:
     return "val" if hashed < val_fraction * 2**64 else "train"
 
 
-def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
-    """Read `size` bytes of UTF-8 and yield them as text, in pieces of about PIECE_BYTES.
+def read_pieces(stream: BinaryIO, size: int) -> Iterator[tuple[str, bool]]:
+    """Read `size` bytes of UTF-8. Yield them as text, in pieces of about PIECE_BYTES, and whether each is the last.
 
-    They end between a letter or digit and white space. No published pattern has both in one chunk, so this does not
+    Pieces end between a letter or digit and white space. No published pattern has both in one chunk, so this does not
     change the tokens.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # leaves out the byte order mark that some editors write
@@ -436,40 +433,41 @@ def read_pieces(stream: BinaryIO, size: int) -> Iterator[str]:
         rest += decoder.decode(block)
         cut = regex.search(r"(?r)[\p{L}\p{N}](?=\s)", rest) if size > 0 else None  # (?r): the last in the text
         end = cut.end() if cut else len(rest)  # if there is no good place to cut, cut anywhere
-        yield rest[:end]
+        yield rest[:end], size <= 0
         rest = rest[end:]
-    if rest:  # the file became shorter while it was read
-        yield rest
+    if size > 0:  # the file became shorter while it was read
+        yield rest, True
 
 
 def watched_for_control_tokens(pieces: Iterable[Piece], tokenizer: Tokenizer, counts: Counter) -> Iterator[Piece]:
     """Yield the pieces, and count how often their text spells each control token."""
-    for split, parts in pieces:
-        yield split, parts
-        for part in parts or ():
+    for piece in pieces:
+        yield piece
+        for part in piece[1]:
             if not part.control:
                 counts.update(tokenizer.control_tokens.findall(part.text))
 
 
 def encoded(tokenizer: Tokenizer, pieces: Iterable[Piece], ends: list[int]) -> Iterator[Encoded]:
-    """Encode each piece, in order. The end of a document becomes the tokens `ends`.
+    """Encode each piece, in order. The tokens `ends` follow each document.
 
     tiktoken releases Python's global lock (the GIL), so threads encode on all cores. Each gets a batch of about a
     megabyte at a time, so that short documents are encoded as fast as long ones.
     """
-    end_of_document = np.array(ends), np.zeros(len(ends), bool)
+    end, no_target = np.array(ends, np.uint32), np.zeros(len(ends), bool)
 
     def encode(piece: Piece) -> Encoded:
-        split, parts = piece
-        if parts is None:
-            return split, 0, *end_of_document, True
-        return split, sum(len(part.text.encode()) for part in parts), *tokenizer.encode_parts(parts), False
+        split, parts, is_last = piece
+        tokens, targets = tokenizer.encode_parts(parts)
+        if is_last:
+            tokens, targets = np.concatenate([tokens, end]), np.concatenate([targets, no_target])
+        return split, sum(len(part.text.encode()) for part in parts), tokens, targets, is_last
 
     def batches() -> Iterator[list[Piece]]:
         batch, n_chars = [], 0
         for piece in pieces:
             batch.append(piece)
-            n_chars += sum(len(part.text) for part in piece[1] or ())
+            n_chars += sum(len(part.text) for part in piece[1])
             if n_chars >= PIECE_BYTES:
                 yield batch
                 batch, n_chars = [], 0

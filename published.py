@@ -16,7 +16,6 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from checkpoint import Tensors, load_checkpoint, tensors_of
 from model import GPT, GPT2, GPTConfig, empty_model, model_settings, model_with, rotary_frequencies
-from prepare import exit_on, fail, write_json
+from prepare import exit_on, fail, write_json, written_whole
 from tokenizer import DIGITS_PATTERN, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN
 from tokenizer import Tokenizer, load_tokenizer, published_jinja, to_tokenizer_json
 
@@ -296,18 +295,17 @@ def load_published(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 # Writing a folder
 
 
-def missing_in(family: Family, config: GPTConfig) -> list[str]:
-    """The settings of `config` that the family cannot express."""
-    expressed = {name: getattr(config, name) for name in (*family.settings, *ONLY_IN_TRAINING)}
-    nearest = GPTConfig(**{**family.base, **expressed})
-    return [f.name for f in fields(GPTConfig) if getattr(nearest, f.name) != getattr(config, f.name)]
-
-
 def family_of(config: GPTConfig) -> tuple[str, Family]:
     """The family that can express `config`, and its model_type. Raises ValueError if there is none."""
-    model_type = min(FAMILIES, key=lambda name: len(missing_in(FAMILIES[name], config)))
-    if missing := missing_in(FAMILIES[model_type], config):
-        listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing)
+    missing = {}  # from each family: the settings that it cannot express
+    for model_type, family in FAMILIES.items():
+        expressed = {name: getattr(config, name) for name in (*family.settings, *ONLY_IN_TRAINING)}
+        nearest = GPTConfig(**{**family.base, **expressed})
+        names = (field.name for field in fields(GPTConfig))
+        missing[model_type] = [name for name in names if getattr(nearest, name) != getattr(config, name)]
+    model_type = min(missing, key=lambda name: len(missing[name]))
+    if missing[model_type]:
+        listed = ", ".join(f"{name} {getattr(config, name)}" for name in missing[model_type])
         raise ValueError(f"no published family has this combination: the nearest, {model_type}, lacks {listed}")
     return model_type, FAMILIES[model_type]
 
@@ -365,28 +363,7 @@ def save_published_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool = Fa
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing GGUF
 
-GGUF_MODULES = {
-    "embedding": "token_embd",
-    "positions": "position_embd",
-    "blocks.*.attention_norm": "blk.*.attn_norm",
-    "blocks.*.attention.query": "blk.*.attn_q",
-    "blocks.*.attention.key": "blk.*.attn_k",
-    "blocks.*.attention.value": "blk.*.attn_v",
-    "blocks.*.attention.out": "blk.*.attn_output",
-    "blocks.*.attention.query_norm": "blk.*.attn_q_norm",
-    "blocks.*.attention.key_norm": "blk.*.attn_k_norm",
-    "blocks.*.mlp_norm": "blk.*.ffn_norm",
-    "blocks.*.mlp.gate": "blk.*.ffn_gate",
-    "blocks.*.mlp.up": "blk.*.ffn_up",
-    "blocks.*.mlp.down": "blk.*.ffn_down",
-    "blocks.*.mlp.router": "blk.*.ffn_gate_inp",
-    "blocks.*.mlp.experts.*.gate": "blk.*.ffn_gate_exps",  # all experts are stacked in one
-    "blocks.*.mlp.experts.*.up": "blk.*.ffn_up_exps",
-    "blocks.*.mlp.experts.*.down": "blk.*.ffn_down_exps",
-    "norm": "output_norm",
-    "head": "output",
-}
-GGUF_GPT2 = {f"blocks.*.attention.{name}": "blk.*.attn_qkv" for name in ("query", "key", "value")}  # stacked in one
+# The names there of the patterns that cut text
 GGUF_PATTERNS = {"llama-bpe": GPT4_PATTERN, "gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN, "qwen2": QWEN_PATTERN}
 NORMAL, CONTROL, IN_TEXT, UNUSED = 1, 3, 4, 5  # kinds of tokens there
 
@@ -397,7 +374,7 @@ def save_gguf(
     """Write a model with its tokenizer as one GGUF file, with `half` its matrices in float16. Raises ValueError, by
     name, for what llama.cpp cannot express."""
     try:
-        from gguf import GGUFWriter
+        from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
     except ImportError:
         raise ValueError("writing GGUF needs gguf: pip install gguf") from None
     _, family = family_of(config)
@@ -406,8 +383,11 @@ def save_gguf(
     for name, value in computed.items():  # by its code, whatever a file says
         if getattr(config, name) != value:
             raise ValueError(f"llama.cpp computes {family.gguf} with {name} {value}, not {getattr(config, name)}")
+    pattern = next((name for name, pattern in GGUF_PATTERNS.items() if tokenizer.cuts_like(pattern)), None)
+    if pattern is None:
+        raise ValueError(f"llama.cpp has no name for the pattern of the tokenizer {tokenizer.name}")
     writer = GGUFWriter(path, family.gguf)
-    writer.add_name(path.stem)
+    writer.add_name(path.name.partition(".gguf")[0])  # until it is complete, another ending follows
     writer.add_file_type(1 if half else 0)
     writer.add_context_length(config.seq_len)
     writer.add_embedding_length(config.n_embd)
@@ -431,8 +411,11 @@ def save_gguf(
         writer.add_expert_used_count(config.n_expert_active)
         writer.add_expert_feed_forward_length(config.n_inner)
 
-    modules = GGUF_MODULES | (GGUF_GPT2 if is_gpt2 else {})
-    for theirs, ours in layout(modules, model_with(config, weights)).items():
+    architecture = next(number for number, name in MODEL_ARCH_NAMES.items() if name == family.gguf)
+    names = get_tensor_name_map(architecture, config.n_layer)  # from those in transformers
+    modules = {ours: theirs.replace("experts.*", "experts") for ours, theirs in family.modules.items()}  # stacked there
+    for name, ours in layout(modules, model_with(config, weights)).items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         parts = [weights[name].float() for name in ours]
         tensor = torch.stack(parts) if ".experts." in ours[0] else torch.cat(parts)
         if family.gguf == "llama" and re.search(r"attn_[qk]\.", theirs):  # pairs of channels stand side by side there
@@ -448,7 +431,7 @@ def save_gguf(
             if i < config.vocab_size:  # models of plain text can lack the control tokens of conversations
                 tokens[i], kinds[i] = text, kind
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(gguf_pattern(tokenizer))
+    writer.add_tokenizer_pre(pattern)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(plain["merges"] or ["ÿ ÿ"])  # there must be one: of a byte that no text has
@@ -463,21 +446,13 @@ def save_gguf(
     writer.close()
 
 
-def gguf_pattern(tokenizer: Tokenizer) -> str:
-    """The name in llama.cpp of the pattern that cuts text. Raises ValueError if there is none."""
-    for name, pattern in GGUF_PATTERNS.items():
-        if tokenizer.cuts_like(pattern):
-            return name
-    raise ValueError(f"llama.cpp has no name for the pattern of the tokenizer {tokenizer.name}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
 def export(target: Path, run: Path, half: bool = False) -> None:
     """Write the newest checkpoint of a run with its tokenizer, as a GGUF file if the name says so, else as a folder."""
-    is_gguf, partial = target.suffix == ".gguf", target.with_name(target.name + ".partial")
+    is_gguf = target.suffix == ".gguf"
     if half and not is_gguf:
         fail("--half is for GGUF: name a file that ends with .gguf")
     with exit_on(ValueError, OSError):
@@ -491,15 +466,13 @@ def export(target: Path, run: Path, half: bool = False) -> None:
         if config.position == "rope":  # fine-tuning with a shorter --seq_len does not shorten the context
             config = config.changed(seq_len=max(config.seq_len, state["config"].get("context") or 0))
         if is_gguf:
-            save_gguf(partial, config, state["model"], tokenizer, chat, half)
-            partial.replace(target)
+            with written_whole(target) as file:  # which save_gguf opens by its name
+                save_gguf(Path(file.name), config, state["model"], tokenizer, chat, half)
         else:
             end = sorted(tokenizer.ends, reverse=True) if chat else tokenizer.end_of_text
             save_published(target, config, state["model"], tokenizer.begin, end)
             save_published_tokenizer(target, tokenizer, chat)
     except Exception as error:  # noqa: BLE001 - safetensors has exceptions of its own
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         fail(f"cannot export {record.with_suffix('')}: {error}")
     names = "" if is_gguf else f": {', '.join(sorted(path.name for path in target.iterdir()))}"
     print(f"exported step {state['step']} of {record.parent} to {target}{names}")

@@ -200,18 +200,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", help="a run, a .json or .pt file in it, or a published model's folder")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--prompt_file", metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--n", type=int, default=1, help="number of continuations (%(default)s)")
     parser.add_argument("--interactive", action="store_true", help="ask for prompts")
     add_flags(parser, temperature=0.8)
     args = parser.parse_args()
     if args.n < 1:
         fail(f"--n {args.n} is not positive")
-    if args.prompt_file:
-        try:
-            args.prompt = Path(args.prompt_file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"cannot read --prompt_file {args.prompt_file}: {error}")
     (model, tokenizer, *_), options = open_model(args.source, args)
     if args.interactive:
         if sys.stdin.isatty():

@@ -18,7 +18,6 @@ as ordinary characters. A published tokenizer can have other tokens that are fou
 tiktoken does the encoding.
 """
 
-import argparse
 import base64
 import heapq
 import json
@@ -145,33 +144,29 @@ class Tokenizer:
 
     def __init__(
         self,
-        encoding: tiktoken.Encoding,
+        name: str,
+        pattern: str,
+        ranks: dict[bytes, int],
+        special: dict[str, int] | None = None,
         added: dict[str, int] | None = None,
         begin: int | None = None,
         template: "Template | str | None" = None,
     ):
-        """A `template` that is a sentence becomes the refusal."""
-        self.encoding, self.name, self.n_vocab, self.added = encoding, encoding.name, encoding.n_vocab, added or {}
-        self.pattern, self.ranks = encoding._pat_str, encoding._mergeable_ranks
-        self.special = {name: id for name, id in encoding._special_tokens.items() if name not in self.added}
-        self.end_of_text = self.special[END_OF_TEXT if END_OF_TEXT in self.special else LLAMA_END]
-        self.begin = self.end_of_text if begin is None else begin
-        if template is None and self.special.keys() >= set(CHAT_TOKENS):
-            template = CHATML
-        self.template, self.refusal = (None, template) if isinstance(template, str) else (template, None)
-        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)  # see encode_ordinary()
-        self.added_tokens = one_of(self.added)
-        self.control_tokens = one_of({*self.special, *CHAT_TOKENS})  # what a text may mean as a control token
-
-    @classmethod
-    def of(
-        cls, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None, **settings
-    ) -> Self:
-        """The tokenizer with these parts. `special` is SPECIAL_TOKENS by default."""
+        """`special` is SPECIAL_TOKENS by default. A `template` that is a sentence becomes the refusal."""
         if special is None:
             special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
-        named = special | (settings.get("added") or {})
-        return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=named), **settings)
+        self.name, self.pattern, self.ranks, self.special, self.added = name, pattern, ranks, special, added or {}
+        named = self.special | self.added
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=named)
+        self.n_vocab = self.encoding.n_vocab
+        self.end_of_text = special[END_OF_TEXT if END_OF_TEXT in special else LLAMA_END]
+        self.begin = self.end_of_text if begin is None else begin
+        if template is None and special.keys() >= set(CHAT_TOKENS):
+            template = CHATML
+        self.template, self.refusal = (None, template) if isinstance(template, str) else (template, None)
+        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)  # see encode_ordinary()
+        self.added_tokens = one_of(self.added)
+        self.control_tokens = one_of({*special, *CHAT_TOKENS})  # what a text may mean as a control token
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.extends(other) and other.extends(self)
@@ -247,7 +242,7 @@ class Tokenizer:
         if self.template:
             return self
         special = {token: self.n_vocab + i for i, token in enumerate(CHAT_TOKENS)} | self.special
-        return Tokenizer.of(self.name, self.pattern, self.ranks, special, added=self.added, begin=self.begin)
+        return Tokenizer(self.name, self.pattern, self.ranks, special, self.added, self.begin)
 
     def to_dict(self, chat: bool = False) -> dict:
         """JSON values, for meta.json, a run and its checkpoints. `chat` tells that the data set, or what the model was
@@ -266,7 +261,7 @@ class Tokenizer:
             more["template"] = Template(*more["template"])
         elif "template" not in more and plain["special_tokens"].keys() & {"<think>", "<|start_header_id|>"}:
             more["template"] = f"the chat template of {plain['name']} was not stored: tune the published model again"
-        return cls.of(plain["name"], plain["pattern"], ranks, plain["special_tokens"], **more)
+        return cls(plain["name"], plain["pattern"], ranks, plain["special_tokens"], **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,10 +284,11 @@ def named_tokenizer(name: str) -> Tokenizer | int:
         choices = f"byte, bpe:N with N above {n_least}, a run, the folder of a published model, or one of"
         raise ValueError(f"unknown tokenizer {name!r}: use {choices} {', '.join(published)}")
     try:
-        return Tokenizer(tiktoken.get_encoding(name))
+        encoding = tiktoken.get_encoding(name)
     except OSError:  # includes the exceptions of requests, with which tiktoken downloads
         advice = "connect to the internet, or use byte or bpe:N"
         raise ValueError(f"could not download the tokenizer {name!r}: {advice}") from None
+    return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | None = None) -> Tokenizer:
@@ -305,12 +301,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: Progress | 
         for i in range(0, len(chunk), MAX_CHUNK):
             short[chunk[i : i + MAX_CHUNK]] += count
     ranks = train_bpe(short, vocab_size - len(SPECIAL_TOKENS), progress)
-    return Tokenizer.of(f"bpe:{len(ranks) + len(SPECIAL_TOKENS)}", GPT4_PATTERN, ranks)
+    return Tokenizer(f"bpe:{len(ranks) + len(SPECIAL_TOKENS)}", GPT4_PATTERN, ranks)
 
 
 def byte_tokenizer() -> Tokenizer:
     """Each byte is a token. Nothing is merged, so the pattern only has to make short chunks, which are encoded fast."""
-    return Tokenizer.of("byte", r"(?s:.{1,64})", BYTES)
+    return Tokenizer("byte", r"(?s:.{1,64})", BYTES)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -364,7 +360,7 @@ def from_tokenizer_json(plain: dict, folder: Path) -> Tokenizer:
         raise ValueError("ignore_merges is not supported where no merges lead to some tokens")
     ranks = {bytes(bytes_of[letter] for letter in token): vocab[token] for token in vocab if token in reached}
     begin, template = published_beginning(plain, special), published_template(folder, special)
-    return Tokenizer.of(folder.name, pattern, ranks, special, added=added, begin=begin, template=template)
+    return Tokenizer(folder.name, pattern, ranks, special, added, begin, template)
 
 
 def published_beginning(plain: dict, special: dict[str, int]) -> int | None:
@@ -471,7 +467,8 @@ class Template(NamedTuple):
 
 @cache
 def compiled(jinja: str):
-    """A program, as transformers runs it. It may be a stranger's, but in this sandbox it can only write text."""
+    """A program, as transformers runs it. It may be a stranger's, but in this sandbox it can only write text, at worst
+    without end, until Ctrl-C."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch installs it
 
     options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
@@ -524,22 +521,3 @@ def published_template(folder: Path, special: dict[str, int]) -> Template | str 
         return Template(source, max(ends, key=len))
     except ValueError as error:
         return f"the chat template of {folder.name} cannot be used: {error}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Show the tokens of a text.")
-    parser.add_argument("tokenizer", help="byte, gpt2, ..., or the folder of a run or a model")
-    parser.add_argument("text")
-    args = parser.parse_args()
-    try:
-        tokenizer = named_tokenizer(args.tokenizer)
-    except ValueError as error:
-        parser.error(str(error))
-    if isinstance(tokenizer, int):
-        parser.error("bpe:N has no tokens before prepare.py has trained it: name a run")
-    for token in tokenizer.encode(args.text).tolist():
-        print(f"{token:7} {tokenizer.bytes_of(token)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -192,7 +192,7 @@ ALWAYS_ASKS += f"{{{{ m.content | trim }}}}<|eot_id|>{{% endfor %}}{{{{ {LLAMA3.
 def published_chat(folder: Path, source: str | None) -> Path:
     """The tokens of two sorts of models, with a chat template."""
     names = "<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>"
-    tokenizer = Tokenizer.of("x", BYTE.pattern, BYTES, {name: 256 + i for i, name in enumerate(names.split())})
+    tokenizer = Tokenizer("x", BYTE.pattern, BYTES, {name: 256 + i for i, name in enumerate(names.split())})
     folder.mkdir()
     published.save_published_tokenizer(folder, tokenizer, chat=True)
     if source is not None:
@@ -266,7 +266,7 @@ def test_the_loss_counts_the_answers_and_their_ends_and_no_message_injects_a_con
 
 
 def test_every_tokenizer_made_here_reserves_the_tokens_of_a_chat_and_another_gets_two_more_and_keeps_its_ids():
-    trained, other = train_tokenizer([words(500)], 300), Tokenizer.of("other", BYTE.pattern, BYTES, {END_OF_TEXT: 256})
+    trained, other = train_tokenizer([words(500)], 300), Tokenizer("other", BYTE.pattern, BYTES, {END_OF_TEXT: 256})
     assert trained.n_vocab == 300
     for tokenizer in (BYTE, trained):
         assert set(CHAT_TOKENS) <= tokenizer.special.keys()
@@ -278,7 +278,7 @@ def test_every_tokenizer_made_here_reserves_the_tokens_of_a_chat_and_another_get
 
 def test_a_template_that_is_not_known_is_never_taken_for_chatml(tmp_path):
     """That of a model tuned by a version that did not store it, or one of several without a name."""
-    plain = Tokenizer.of("old", BYTE.pattern, BYTES, {**BYTE.special, "<think>": 259}).to_dict()
+    plain = Tokenizer("old", BYTE.pattern, BYTES, {**BYTE.special, "<think>": 259}).to_dict()
     del plain["template"]
     named = published_chat(tmp_path / "theirs", ALWAYS_ASKS) / "tokenizer_config.json"
     named.write_text(named.read_text().replace('"default"', '"other"'))

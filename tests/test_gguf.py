@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice, takewhile
+from unittest.mock import Mock
 from urllib.request import Request, urlopen
 
 import pytest
@@ -39,7 +40,7 @@ def trained(pattern: str) -> Tokenizer:
     ranks = train_bpe(counts, 400)
     special = {name: len(ranks) + i for i, name in enumerate((*tokenizers.SPECIAL_TOKENS, "<|begin_of_text|>"))}
     added = {"<think>": len(ranks) + 4, "</think>": len(ranks) + 5}
-    return Tokenizer.of("trained", pattern, ranks, special, added=added, begin=special["<|begin_of_text|>"])
+    return Tokenizer("trained", pattern, ranks, special, added=added, begin=special["<|begin_of_text|>"])
 
 
 @contextmanager
@@ -116,6 +117,15 @@ def test_llama_cpp_renders_a_conversation_and_begins_it_with_no_other_token(tmp_
     ids = chat.render(tokenizer, messages, ask=True)[0].tolist()
     told = [token for token in answer["tokens"] if token not in tokenizer.ends]
     assert told == greedy(model, tokenizer, ids, 20) and answer["tokens_evaluated"] == len(ids)
+
+
+def test_an_exported_file_gets_its_name_when_it_is_whole(call, refused, monkeypatch, run, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    call(published, "--export", "mine.gguf", run)
+    assert gguf.GGUFReader("mine.gguf").get_field("general.name").contents() == "mine"
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", Mock(side_effect=OSError("the disk is full")))
+    assert "the disk is full" in refused(published, "--export", "other.gguf", run)
+    assert [path.name for path in tmp_path.glob("*.gguf*")] == ["mine.gguf"]
 
 
 @pytest.mark.parametrize("settings, pattern, told", [

@@ -63,10 +63,10 @@ def test_text_cut_into_pieces_gives_the_same_tokens(name, monkeypatch):
     separators = [" ", "\n", "  ", "\n\n", "_ ", "-\n", "\n/", " '", "é\n", "7 ", "中 "]
     texts = ["".join(rng.choice(parts) + rng.choice(separators) for _ in range(400)) for _ in range(200)]
     ranks = train_bpe(Counter(chunk for text in texts for chunk in regex.findall(pattern, text)), 1000)
-    tokenizer = Tokenizer.of("cut", pattern, ranks)
+    tokenizer = Tokenizer("cut", pattern, ranks)
     monkeypatch.setattr(prepare, "PIECE_BYTES", 500)
     for text in texts:
-        pieces = list(prepare.read_pieces(io.BytesIO(text.encode()), len(text.encode())))
+        pieces = [piece for piece, _ in prepare.read_pieces(io.BytesIO(text.encode()), len(text.encode()))]
         assert len(pieces) > 2 and "".join(pieces) == text
         assert [i for piece in pieces for i in tokenizer.encode(piece).tolist()] == tokenizer.encode(text).tolist()
 
@@ -206,8 +206,8 @@ def test_windows_run_through_shards_as_if_they_were_one_to_the_last_target():
 @pytest.mark.parametrize("size, dtype", [(65_536, np.uint16), (65_537, np.uint32)])
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path, size, dtype):
     ranks = BYTES | {i.to_bytes(3, "big"): i for i in range(256, size - 1)}
-    tokenizer = Tokenizer.of("w", GPT4_PATTERN, ranks, {END_OF_TEXT: size - 1})
-    items = prepare.encoded(tokenizer, [("train", [Part("a")]), ("train", None)], [size - 1])
+    tokenizer = Tokenizer("w", GPT4_PATTERN, ranks, {END_OF_TEXT: size - 1})
+    items = prepare.encoded(tokenizer, [("train", [Part("a")], True)], [size - 1])
     splits = prepare.write_shards(tmp_path, size, items, masked=False)
     tokens = np.load(tmp_path / splits["train"]["shards"][0]["file"])
     assert tokens.dtype == dtype and tokens.tolist() == [ord("a"), size - 1]

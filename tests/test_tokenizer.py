@@ -18,13 +18,12 @@ import model as models
 import prepare
 import published
 import sample
-import tokenizer as tokenizer_script
 import train
 from tokenizer import BYTES, CHAT_TOKENS, END_OF_TEXT, GPT2_PATTERN, GPT4_PATTERN, MAX_CHUNK, Part, Template, Tokenizer
 from tokenizer import byte_tokenizer, load_tokenizer, merge, named_tokenizer, to_tokenizer_json, train_bpe
 
-TRAINED = Tokenizer.of("bpe:400", GPT4_PATTERN, train_bpe(Counter(regex.findall(GPT4_PATTERN, words(3000))), 399))
-TEXTBOOK = Tokenizer.of("textbook", GPT4_PATTERN, train_bpe(Counter({"aaabdaaabac": 1}), 300))
+TRAINED = Tokenizer("bpe:400", GPT4_PATTERN, train_bpe(Counter(regex.findall(GPT4_PATTERN, words(3000))), 399))
+TEXTBOOK = Tokenizer("textbook", GPT4_PATTERN, train_bpe(Counter({"aaabdaaabac": 1}), 300))
 NORMALIZER, MERGES = '"normalizer": {"type": "%s"}, "version"', '"a a", "a b"'
 OF_MODELS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 TEXT = Path(models.__file__).read_text() + " naïve 你好🙂🙂 don't I'LL  12345678 \n\n\t x'7 8  9 x'\n "
@@ -86,8 +85,8 @@ def test_bpe_learns_the_merges_of_a_published_trainer():
 def test_a_tokenizer_that_does_not_exist_or_cannot_be_fetched_is_refused(refused, monkeypatch, tmp_path, name):
     monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no network")))
     (tmp_path / "a.txt").write_text("text")
-    for told in refused(prepare, "a.txt", "--tokenizer", name), refused(tokenizer_script, name, "text"):
-        assert ("could not download" in told) == (name == "gpt2") and repr(name) in told and "bpe:N" in told
+    told = refused(prepare, "a.txt", "--tokenizer", name)
+    assert ("could not download" in told) == (name == "gpt2") and repr(name) in told and "bpe:N" in told
 
 
 def test_long_chunks_are_cut_before_a_tokenizer_learns_from_them(monkeypatch):
@@ -96,19 +95,19 @@ def test_long_chunks_are_cut_before_a_tokenizer_learns_from_them(monkeypatch):
     seen, texts = Counter(), ["ACGT" * 10_000, " not this", " the end", " nor this"]
     monkeypatch.setattr(prepare, "BPE_SAMPLE_BYTES", 20_000)
     monkeypatch.setattr("tokenizer.train_bpe", lambda counts, size, progress: seen.update(counts) or dict(BYTES))
-    prepare.tokenizer_for([("train", [Part(text)]) for text in texts], 300, 40_000)
+    prepare.tokenizer_for([("train", [Part(text)], True) for text in texts], 300, 40_000)
     assert max(map(len, seen)) <= MAX_CHUNK and seen["ACGT" * (MAX_CHUNK // 4)] > 100
     assert sum(len(chunk) * count for chunk, count in seen.items()) == 40_008
 
 
 def test_tokenizers_are_equal_that_give_equal_ids_and_one_extends_another_with_more_control_tokens():
     def like_trained(pattern=GPT4_PATTERN, ranks=TRAINED.ranks, special=TRAINED.special) -> Tokenizer:
-        return Tokenizer.of("other name", pattern, ranks, special)
+        return Tokenizer("other name", pattern, ranks, special)
 
     fewer = like_trained(special={END_OF_TEXT: TRAINED.end_of_text})
     assert TRAINED.extends(fewer) and not fewer.extends(TRAINED) and TRAINED != fewer
     for more in {"added": {"<think>": 402}}, {"begin": TRAINED.n_vocab - 1}, {"template": Template("", "x")}:
-        other = Tokenizer.of(TRAINED.name, GPT4_PATTERN, TRAINED.ranks, TRAINED.special, **more)
+        other = Tokenizer(TRAINED.name, GPT4_PATTERN, TRAINED.ranks, TRAINED.special, **more)
         assert not other.extends(TRAINED) and not TRAINED.extends(other)
         assert Tokenizer.from_dict(json.loads(json.dumps(other.to_dict()))) == other
     assert TRAINED == like_trained() == like_trained(f"(?:{GPT4_PATTERN})") != like_trained(GPT2_PATTERN)
@@ -173,7 +172,7 @@ def test_tokenizers_of_hugging_face_are_read(refused, tmp_path, digits):
 def test_numbers_and_line_ends_are_split_alike_after_export(tmp_path):
     """Regular expressions there mean something else by {1,3}+ and $."""
     text = "12345678 " * 99 + "end \n\n\n  \n" * 99
-    ours = Tokenizer.of("digits", GPT4_PATTERN, train_bpe(Counter(["12345678", " \n\n\n  \n"] * 99), 300))
+    ours = Tokenizer("digits", GPT4_PATTERN, train_bpe(Counter(["12345678", " \n\n\n  \n"] * 99), 300))
     published.save_published_tokenizer(tmp_path, ours)
     assert theirs_in(tmp_path).encode(text).ids == [ours.end_of_text, *ours.encode(text).tolist()]
 
@@ -184,7 +183,7 @@ def test_control_tokens_keep_their_ids_wherever_they_stand_in_the_vocabulary(tmp
     ranks = {token: rank + 5 * (rank >= place) for token, rank in TRAINED.ranks.items()}
     special = {token: place + i for i, token in enumerate(TRAINED.special)}
     added = {"<think>": place + 3, "<think>the": place + 4}
-    ours = Tokenizer.of("moved", GPT4_PATTERN, ranks, special, added=added, begin=place + 1)
+    ours = Tokenizer("moved", GPT4_PATTERN, ranks, special, added=added, begin=place + 1)
     text = "<|im_start|>user\nthe small<|im_end|>\n<|endoftext|>model"
     for begin in ([], [ours.begin]):
         (tmp_path / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(ours, begin=bool(begin))))
@@ -199,7 +198,7 @@ def test_each_document_begins_with_the_token_that_begins_a_text(call, monkeypatc
     """As a prompt does. A document mask counts it to the document."""
     special = {token: 256 + i for i, token in enumerate((END_OF_TEXT, "<|end_of_text|>", "<|begin_of_text|>"))}
     del special[END_OF_TEXT]
-    published.save_published_tokenizer(tmp_path, Tokenizer.of("x", byte_tokenizer().pattern, BYTES, special, begin=258))
+    published.save_published_tokenizer(tmp_path, Tokenizer("x", byte_tokenizer().pattern, BYTES, special, begin=258))
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<|begin_of_text|>"
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"<think>{i}"}) for i in range(40)))
     call(prepare, "t.jsonl", "--tokenizer", tmp_path, "--out", "set", "--val_fraction", 0.3)
