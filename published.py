@@ -330,6 +330,7 @@ def save_published(
         theirs["rope_scaling"] = {**LLAMA31, "factor": factor}
     tensors = {}
     for name, ours in layout(family.modules, model_with(config, weights)).items():
+        name = name.removeprefix("transformer.")  # as in OpenAI's own files of GPT-2, the only ones that mlx-lm reads
         tensors[name] = family.turned(torch.cat([weights[part] for part in ours]), ours[0]).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
