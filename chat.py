@@ -8,7 +8,7 @@
     echo 'Who are you?' | python chat.py runs/chat               one question per line, without a terminal
 
 To a model, a conversation is a text with control tokens around its messages, of which each kind of model expects its
-own, its template. The loss counts what the assistant says, with the token that ends it:
+own, its template. The loss counts what the assistant says, with the token that ends it (in braces here):
 
     <|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\n{I am a small language model.<|im_end|>}\\n
 
@@ -77,7 +77,7 @@ def parts_of(template: Template, messages: list[Message], ask: bool = False) -> 
         marked.append({"role": message["role"], "content": "".join(pieces)})
     whole = template.write(marked, ask)
     for message in marked:
-        if regex.search("\ue000\\d+\ue001$", message["content"])[0] not in whole:  # all behind its thought
+        if regex.search("\ue000\\d+\ue001$", message["content"])[0] not in whole:  # the text after a thought
             raise ValueError(f"conversations with a message ({message['role']}) that the chat template alters")
     first, *written = regex.split("\ue000(\\d+)\ue001", whole)
     parts = [Part(first, control=True, target=False)]

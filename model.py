@@ -22,7 +22,7 @@ One switch goes beyond both columns: with ngram_rows, the last two and three tok
 Shapes use one alphabet: B batch, T time, C channels, H query heads, K key/value heads, D channels per head, L layers,
 S maximum sequence length, E experts, V vocabulary. The file goes from the leaves to the root: norm, positions, cache,
 attention, MLP, experts, block, GPT; then how it generates, the presets, and weights made a model again. It needs
-torch alone, so it can be copied into a notebook.
+torch alone: copy it beside a notebook and import it.
 
     python model.py        list the presets with their parameters, FLOPs and cache sizes
 """
@@ -226,7 +226,8 @@ def document_blocks(documents: Tensor) -> BlockMask:
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (documents[batch, query] == documents[batch, key]) & (query >= key)
 
-    return create_block_mask(sees, len(documents), None, *2 * documents.shape[1:], device=documents.device)
+    B, T = documents.shape
+    return create_block_mask(sees, B, None, T, T, device=documents.device)
 
 
 def attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> Tensor:
@@ -367,19 +368,19 @@ def initial_rows(config: GPTConfig, name: str, shape: torch.Size, rows: range, s
     """These rows of a parameter of a new model, whose whole shape is `shape`. Each block starts as the identity, and
     all tokens start equally likely: the first loss is ln V (tied: about ln V). Each 128 rows have random numbers of
     their own, so that a process that holds a part of the model need not draw the rest."""
-    # Blocks add the output of these to x. At zero they add nothing.
+    # The last weights of a block's two branches: at zero, the block adds nothing to x.
     zeroed = ("post_norm.weight",) if config.post_norm else (".out.weight", ".down.weight")
     if name.endswith(("bias", "head.weight", *zeroed)) or name.startswith("ngrams"):
         return torch.zeros(len(rows), *shape[1:])
     if len(shape) == 1:  # the other norms start as plain normalisation
         return torch.ones(len(rows))
-    blocks = [torch.empty(0, *shape[1:])]
+    chunks = [torch.empty(0, *shape[1:])]
     for start in range(rows.start // 128 * 128, rows.stop, 128):
-        seed_of_block = hashlib.sha256(f"{seed} {name} {start}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed_of_block[:7]))
-        block = torch.empty(min(128, shape[0] - start), *shape[1:])
-        blocks.append(block.normal_(std=0.02, generator=generator))  # as in GPT-2; the norms make up for the scale
-    return torch.cat(blocks)[rows.start % 128 :][: len(rows)]
+        chunk_seed = hashlib.sha256(f"{seed} {name} {start}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(chunk_seed[:7]))
+        chunk = torch.empty(min(128, shape[0] - start), *shape[1:])
+        chunks.append(chunk.normal_(std=0.02, generator=generator))  # as in GPT-2; the norms make up for the scale
+    return torch.cat(chunks)[rows.start % 128 :][: len(rows)]
 
 
 def token_losses(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -388,21 +389,21 @@ def token_losses(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def rows_at_once(device: str, vocab_size: int) -> int:
-    """Of how many tokens the logits exist together: they fit into a CPU's caches, or into a GB of an accelerator."""
+    """For how many tokens to compute logits at once: they fit into a CPU's caches, or into a GB of an accelerator."""
     return max(256, 2 ** (20 if device == "cpu" else 28) // vocab_size)
 
 
 class TotalLoss(torch.autograd.Function):
-    """The sum of token_losses. Takes its gradients at once, part by part, so that the logits of all tokens, which would
-    be the largest tensor of a model with a large vocabulary, never exist together."""
+    """The sum of token_losses. Computes its gradients already in forward(), part by part, so that the logits of all
+    tokens, which would be the largest tensor of a model with a large vocabulary, never exist together."""
 
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, losses_of: Callable) -> Tensor:
         rows = rows_at_once(x.device.type, len(head))
         parts, head, total = x.detach().split(rows), head.detach().requires_grad_(), x.new_zeros(())
-        for part, answers in zip(parts, targets.split(rows)):
+        for part, part_targets in zip(parts, targets.split(rows)):
             with torch.enable_grad():
-                loss = losses_of(part.requires_grad_(), head, answers).sum()
+                loss = losses_of(part.requires_grad_(), head, part_targets).sum()
             loss.backward()
             total += loss.detach()
         ctx.save_for_backward(torch.cat([part.grad for part in parts]), head.grad)
@@ -479,7 +480,7 @@ class GPT(nn.Module):
         if self.positions is not None:
             x = x + self.positions(positions)
         x = self.dropout(x)
-        angles = rotary_angles(positions, self.config) if self.positions is None else None
+        angles = rotary_angles(positions, self.config) if self.config.position == "rope" else None
         for block in self.blocks:
             x = block(x, angles, mask, cache)
         if cache is not None:
@@ -491,7 +492,7 @@ class GPT(nn.Module):
         if reduction == "none":
             rows = rows_at_once(x.device.type, len(head))
             parts = zip(x.split(rows), targets.flatten().split(rows))
-            return torch.cat([self.token_losses(part, head, answers) for part, answers in parts]).view_as(targets)
+            return torch.cat([self.token_losses(part, head, its) for part, its in parts]).view_as(targets)
         loss = TotalLoss.apply(x, head, targets.flatten(), self.token_losses) / (targets != -100).sum()
         if self.training:
             loss = loss + sum(layer.router_loss for layer in self.expert_layers())
@@ -641,7 +642,7 @@ PRESETS: dict[str, dict] = {
     "qwen3-32b": dict(QWEN3, n_layer=64, n_head=64, n_embd=5120, n_inner=25600),
     "mixtral-8x7b": dict(MIXTRAL, n_layer=32, n_head=32, n_embd=4096, n_inner=14336),
     "grok-1": dict(GROK, vocab_size=131072, seq_len=8192, n_layer=64, n_head=48, n_kv_head=8, n_embd=6144,
-                   n_inner=32768, embedding_scale=78.38367176906169, logit_scale=0.5773502691896257),
+                   n_inner=32768, embedding_scale=6144**0.5, logit_scale=3**-0.5),
 }
 # fmt: on
 

@@ -17,7 +17,7 @@ followed by the token <|endoftext|>, and by the one that begins the next where t
 loss does not count all tokens (conversations, see chat.py), train-mask-00000.npy and so on tell which. The folder gets
 its name when it is complete; until then it is called data/mine.partial, and only one process at a time can make it.
 
-Text is read in pieces of about a megabyte, so memory use stays small however large the input is:
+Text is read in pieces of about a megabyte, so memory use stays small (but a list in a .json file is read whole):
 files -> documents -> pieces of text, each for one split -> token ids -> shards -> windows.
 """
 
@@ -553,7 +553,7 @@ def load_dataset(folder: str | Path, verify: bool = True) -> tuple[dict, dict[st
     """Return meta.json and the shards of "train" and "val", memory-mapped, and of conversations also those of
     "train-mask" and "val-mask". End the program if the data set is damaged.
 
-    `verify` reads all of it to find out. Turn that off if another process checks the same files.
+    `verify` reads all of it to compare the SHA-256. Turn that off where it is done elsewhere.
     """
     folder, shards = Path(folder), {}
 
@@ -666,7 +666,7 @@ def exit_on(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def moved(flag: str, new: str) -> None:
-    """End the program if its command line has a flag for what is a command of its own now, with that command."""
+    """If the command line has this flag, which is now the command `new`, name that command and end the program."""
     if flag in sys.argv[1:]:
         rest = (argument for argument in sys.argv[1:] if argument != flag)
         fail(f"this is another command now: {command(*new.split(), *rest)}")

@@ -2,7 +2,7 @@
 
     python sample.py                                         continue an empty document with the newest run
     python sample.py runs/toy-1 --prompt 'def' --n 3         three continuations of a prompt, by a run
-    python sample.py runs/toy-1/best.json --temperature 0    the most likely text of a checkpoint, always the same
+    python sample.py runs/toy-1/best.json --temperature 0    the most likely token each time: always the same text
     python sample.py downloads/Qwen3-0.6B --prompt 'Once '   a published model, in Hugging Face's layout
     python sample.py --interactive                           ask for one prompt after another, until Ctrl-D
     python chat.py                                           talk to a model that was trained on conversations

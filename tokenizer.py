@@ -67,7 +67,7 @@ def train_bpe(chunk_counts: Counter[str], vocab_size: int, progress: Progress | 
             pair_counts[pair] += counts[i]
             chunks_with[pair].add(i)
 
-    tokens, ranks = list(BYTES), dict(BYTES)
+    tokens, ranks = list(BYTES), dict(BYTES)  # id -> bytes; bytes -> id, which tiktoken calls a rank
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     while heap and len(ranks) < vocab_size:
@@ -138,8 +138,8 @@ class Tokenizer:
     ranks           {bytes of an ordinary token: its id}; tiktoken calls ids ranks
     special, added  {name: id} of control tokens, and of other tokens that are found in any text
     begin           the token before each text, by default the one that ends the text before it
-    template        that of its conversations, by default CHATML if it has the tokens, or None: see Template
-    refusal         why it has none although its model was trained with one, in a sentence, or None
+    template        how to write conversations, see Template; by default CHATML, if it has the tokens; or None
+    refusal         why the template of its model cannot be used, in a sentence, or None
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Tokenizer:
         begin: int | None = None,
         template: "Template | str | None" = None,
     ):
-        """`special` is SPECIAL_TOKENS by default. A `template` that is a sentence becomes the refusal."""
+        """`special` is SPECIAL_TOKENS by default. A `template` that is a str is the refusal: there is no template."""
         if special is None:
             special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.name, self.pattern, self.ranks, self.special, self.added = name, pattern, ranks, special, added or {}
@@ -271,8 +271,8 @@ MAX_CHUNK = 256  # characters
 
 
 def named_tokenizer(name: str) -> Tokenizer | int:
-    """The tokenizer that --tokenizer names, or for "bpe:N" the vocabulary size N of the one to train. Names of
-    tiktoken's are downloaded once. Raises ValueError, in a sentence, for what there is not."""
+    """The tokenizer that --tokenizer names or, for "bpe:N", the number N, which must be trained first. tiktoken's are
+    downloaded once. Raises ValueError, in a sentence, for an unknown name."""
     if name == "byte":
         return byte_tokenizer()
     n_least = len(BYTES) + len(SPECIAL_TOKENS)

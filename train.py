@@ -15,8 +15,8 @@ from weights and optimizer state, the number of steps done is a run's only state
 step depend on the seed and that number alone, so that a resumed run gives the same bits as one that was never stopped.
 Several processes train one model on the same batches, and any number of them can resume any run. The README has the
 commands for several nodes and for restarts after faults; these start two nodes of eight GPUs under Slurm, with five
-minutes to save before the job ends. Submit the job again to continue. A job that was preempted does so by itself, but
-torchrun ends with status 1 after a signal, so that Slurm calls a job failed although all is saved:
+minutes to save before the job ends. To continue, submit the job again; Slurm itself requeues one that was preempted.
+torchrun ends with status 1 after a signal, so Slurm calls the job failed although all is saved:
 
     #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
     #SBATCH --time=24:00:00 --signal=USR1@300 --requeue --open-mode=append
@@ -25,7 +25,8 @@ torchrun ends with status 1 after a signal, so that Slurm calls a job failed alt
         --rdzv-id=$SLURM_JOB_ID --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=280 \\
         train.py --preset gpt2 --out runs/big --resume
 
-Read train() and backward() first. The sections after them follow in the order in which train() needs them.
+Read train() and backward() first. The sections after them: opening a run, data, model and optimizers, evaluation, log,
+machine, processes, command line.
 """
 
 import gc
@@ -121,8 +122,8 @@ class Config(GPTConfig):
     save_every: int = 200  # steps between checkpoints; an evaluation that is the best so far saves one too
     log_every: int = 20  # steps between lines of progress
     keep: int = 2  # newest checkpoints to keep, besides the best
-    # No flags: the context that the model of --init has, which exports carry; and before a step, step x batch_tokens +
-    # shift tokens are drawn, where only a resume with other sizes changes the shift.
+    # No flags, since no comment follows them. context: that of the model of --init, for exports. shift: before a step,
+    # step x batch_tokens + shift tokens were drawn; it changes if a resume changes the size of a step.
     context: int | None = None
     shift: int = 0
 
@@ -164,7 +165,7 @@ RECIPES: dict[str, dict] = {
 # How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
 FINE_TUNING = {"epochs": 3.0, "batch_tokens": 8192, "weight_decay": 0.0}
 PUBLISHED_LR = 2e-5
-OPEN_SETTINGS = {"dropout", "balance_loss", "router_z_loss"}  # of a trained model
+FREE_SETTINGS = {"dropout", "balance_loss", "router_z_loss"}  # may differ from those that a model was trained with
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop
@@ -221,9 +222,9 @@ def train(given: dict, resume: bool) -> None:
                 val_loss = log.evaluation(step, *evaluate(model, val_data, config, machine, stop.watched), meta)
                 is_best = val_loss < saver.best_loss
             if step % config.save_every == 0 or is_best:
-                saver.save(saved := step, val_loss if is_best else None)
-        finished = step == config.steps
-
+                saver.save(step, val_loss if is_best else None)
+                saved = step
+        finished = step == config.steps  # not reached if a signal ends the last evaluation
     if step > saved:
         saver.save(step)
     if problem := saver.wait():
@@ -233,12 +234,12 @@ def train(given: dict, resume: bool) -> None:
 
 
 def backward(parallel: nn.Module, data: "Data", config: Config, machine: "Machine", step: int, watched) -> Tensor:
-    """Compute this rank's part of a step: the gradient of the mean loss over all targets of its batch, micro-batch by
-    micro-batch. Returns the loss, of which the mean over the ranks is that of the step. `watched` yields the
-    micro-batches, or raises KeyboardInterrupt after a signal."""
+    """Run forward and backward on this rank's part of a step, micro-batch by micro-batch: this leaves the gradient of
+    the mean loss over all targets of the batch. Returns a loss whose mean over the ranks is that of the step. `watched`
+    yields the micro-batches, or raises KeyboardInterrupt after a signal."""
     rank, world = dist.get_rank(), dist.get_world_size()
     n_drawn = (step * config.batch_tokens + config.shift) // config.seq_len
-    n_rows = config.batch_tokens // config.seq_len  # of the whole step
+    n_rows = config.batch_tokens // config.seq_len  # windows of the whole step
     indices = batch_indices(data.n_windows, config.seed, n_drawn, n_rows)
     n_targets = data.count(indices)
     first, end = rank * n_rows // world, (rank + 1) * n_rows // world  # this rank's
@@ -373,8 +374,8 @@ def fine_tuning(given: dict, trained: dict) -> dict:
 
 
 def check_shape(config: Config, trained: dict, resumed: bool) -> None:
-    """End the program if `config` changes a setting on which weights depend that were `trained` with these, or the
-    state of their optimizer, if that is `resumed` as well."""
+    """End the program if `config` changes the shape of the weights that were `trained` with other settings. A resumed
+    run must also keep its optimizer and its --init."""
     shape = asdict(GPTConfig(**model_settings(trained)))
     if resumed:
         what, shape = f"the run in {config.out}", shape | {name: trained[name] for name in ("optimizer", "init")}
@@ -382,7 +383,7 @@ def check_shape(config: Config, trained: dict, resumed: bool) -> None:
         what = f"the model of --init {config.init}"
         shape["vocab_size"] = max(shape["vocab_size"], config.vocab_size)
         shape["seq_len"] = min(shape["seq_len"], config.seq_len)
-    free = OPEN_SETTINGS | ({"seq_len"} if config.position == "rope" else set())
+    free = FREE_SETTINGS | ({"seq_len"} if config.position == "rope" else set())
     for name in sorted(shape.keys() - free):
         if shape[name] != (other := getattr(config, name)):
             fail(f"{what} has {name} {shape[name]}, not {other}: leave that setting out")
@@ -416,11 +417,11 @@ def first_weights(config: Config, meta: dict, step: int, state: dict | None) -> 
 
     def read(name: str, shape: torch.Size, rows: range) -> Tensor:
         n = lengths[name]  # less than shape[0] where the vocabulary has grown
-        read = state["model"].rows(name, range(min(rows.start, n), min(rows.stop, n)), n)
+        known = state["model"].rows(name, range(min(rows.start, n), min(rows.stop, n)), n)
         if rows.stop <= n:
-            return read
+            return known
         mean = state["model"][name].mean(0, keepdim=True)
-        return torch.cat([read, mean.expand(rows.stop - max(rows.start, n), -1)])
+        return torch.cat([known, mean.expand(rows.stop - max(rows.start, n), -1)])
 
     return read
 
@@ -714,6 +715,7 @@ class Muon(torch.optim.Muon):
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
                 self.state[matrix]["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
                 by_copy[i % world // n_shards].append(matrix)
+            # In a single process, all matrices are `mine`, and nothing is sent.
             mine, n_slots = by_copy.get(rank // n_shards, []), math.ceil(len(by_copy[0]) / n_shards) * n_shards
             size = n_slots, math.ceil(shape[0] / n_shards), shape[1]
             ahead = torch.zeros(size, dtype=self.dtype, device=matrices[0].device)
@@ -1013,8 +1015,8 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes. torchrun starts one per rank; without it there is one, a group of size 1. All ranks must call these
-# functions together, since they wait for each other
+# Processes. torchrun starts one per rank; without it there is one, a group of size 1. What ranks tell each other is in
+# checkpoint.py
 
 
 def start_processes(timeout: float) -> dist.Store:
@@ -1036,7 +1038,7 @@ def start_processes(timeout: float) -> dist.Store:
 
 
 def check_same(what: str, mine: dict) -> None:
-    """Stop unless `mine` is the same on every rank."""
+    """Stop unless `mine` is the same on every rank. All must call it."""
     first, *others = from_all_ranks(mine)
     for rank, other in enumerate(others, 1):
         for name in sorted(first | other):
