@@ -393,7 +393,7 @@ def pack(lengths: np.ndarray, size: int) -> np.ndarray:
         room = rooms[at := bisect_left(rooms, lengths[item])]
         rows[item] = row = heappop(having[room])
         if room == size:
-            having[size] = [row + 1]  # there always is one more empty row
+            having[size] = [row + 1]  # there is always one more empty row
         elif not having[room]:
             del rooms[at]
         if not having[left := room - int(lengths[item])]:

@@ -62,7 +62,7 @@ def from_rank_0(value):
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others begin with it. What would fail on all ranks is told once, by rank 0."""
+    """Rank 0 runs the block before the others do. What would fail on all ranks is reported once, by rank 0."""
     if dist.get_rank() > 0:
         from_rank_0(None)  # waits for it
     yield
@@ -195,17 +195,18 @@ class Saver:
         self.weights = dict(model.named_parameters())  # FSDP2 puts whole ones in their place while it computes
         self.thread = futures.ThreadPoolExecutor(1)
         self.pending = None  # what this rank writes, the step that is saved, and its val_loss if it is the best so far
-        self.best_loss = from_rank_0(read_best(Path(config.out)).get("val_loss", math.inf))
+        self.best_loss = self.best_on_disk()
         self.mark = from_rank_0(os.urandom(3).hex())  # no late part of an earlier start can replace one of this
 
-    def save(self, step: int, best_loss: float | None = None) -> None:
-        """Begin to save the state after `step` steps; `best_loss` marks it as the best so far. Training waits only for
-        the previous save and for a copy of the state in main memory."""
+    def save(self, step: int, val_loss: float = math.inf) -> None:
+        """Begin to save the state after `step` steps, as the best if its `val_loss` is the lowest so far. Training
+        waits only for the previous save and for a copy of the state in main memory."""
         start, config = time.monotonic(), self.config
         self.verification.check(wait=True)
-        self.best_loss = self.best_loss if best_loss is None else best_loss
         if problem := self.wait():
             self.log.line(f"{problem}; trying again")
+        best_loss = val_loss if val_loss < self.best_loss else None
+        self.best_loss = min(self.best_loss, val_loss)
         if dist.get_rank() < config.shard:
             states = optimizer_states(self.weights, self.optimizers)
             moments = {f"{name}.{key}": tensor for name, kept in states.items() for key, tensor in kept.items()}
@@ -220,6 +221,9 @@ class Saver:
         self.pending = part, step, best_loss
         self.log.record(step=step, save_stall=time.monotonic() - start)
 
+    def best_on_disk(self) -> float:
+        return from_rank_0(read_best(Path(self.config.out)).get("val_loss", math.inf))
+
     def is_writing(self) -> bool:
         return self.pending is not None and not self.pending[0].done()
 
@@ -229,12 +233,16 @@ class Saver:
         if self.pending is None:
             return None
         (part, step, best_loss), self.pending, run = self.pending, None, Path(self.config.out)
-        problem = part.exception() and str(part.exception())
+        error = part.exception()
+        problem = error and f"{error or type(error).__name__}"
         written = None if problem else part.result()
         parts, problems = zip(*from_all_ranks((written, problem)))
         problem, is_valid = next(filter(None, problems), None), False
         if problem is None and dist.get_rank() == 0:
             try:
+                for named in parts[: self.config.shard]:
+                    if not (run / named["file"]).exists():
+                        raise OSError(f"rank 0 does not see {named['file']}: all nodes must share the folder of --out")
                 commit(run, step, parts[: self.config.shard], self.config.keep, best_loss)
             except OSError as error:
                 problem = str(error)
@@ -242,11 +250,14 @@ class Saver:
         problem, is_valid = from_rank_0((problem, is_valid))
         if written and not is_valid:
             (run / written["file"]).unlink()
-        return f"cannot save in {run} ({problem})" if problem else None
+        if problem is None:
+            return None
+        self.best_loss = self.best_on_disk()
+        return f"cannot save in {run} ({problem})"
 
     def wait(self) -> str | None:
         """Wait on all ranks until the pending checkpoint is valid. Returns what went wrong, if anything."""
-        while any_rank(self.is_writing()) != [False]:  # one long wait could reach --timeout
+        while any(any_rank(self.is_writing())):  # one long wait could reach --timeout
             futures.wait([self.pending[0]], timeout=0.1)
         return self.commit()
 
@@ -285,7 +296,7 @@ def files_of(record: Path) -> list[dict]:
 
 
 def open_part(path: Path) -> dict:
-    """A part of a checkpoint. Its tensors are memory-mapped: they take memory only where they are used."""
+    """A file of tensors, such as a part of a checkpoint. They are memory-mapped: they take memory only where used."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -348,7 +359,7 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
         moment = torch.zeros_like(parameter) if ndim else torch.zeros((), device=parameter.device)  # AdamW's count
-        fill(moment, lambda rows, name=name, n=len(parameter): state["optimizer"].rows(name, rows, n))
+        fill(moment, partial(state["optimizer"].rows, name, n=len(parameter)))
         states[parameter_name][key] = moment
 
 
@@ -381,9 +392,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path]:
     raise ValueError(f"there is no intact checkpoint left in {path}")
 
 
-def newest_run(runs: str | Path = "runs") -> Path:
-    """The folder in `runs` with the newest checkpoint. Raises ValueError if there is none."""
-    records = written_at(Path(runs).glob(f"*/{CHECKPOINT}.json"))
+def newest_run() -> Path:
+    """The folder in runs/ with the newest checkpoint. Raises ValueError if there is none."""
+    records = written_at(Path("runs").glob(f"*/{CHECKPOINT}.json"))
     if not records:
-        raise ValueError(f"there is no checkpoint in {runs}/ yet: make one with {command('train.py')}")
+        raise ValueError(f"there is no checkpoint in runs/ yet: make one with {command('train.py')}")
     return max(records, key=records.get).parent

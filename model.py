@@ -72,8 +72,8 @@ class GPTConfig:
     renormalise: bool = True  # scale the gates of a token's experts to sum to one
     balance_loss: float = 0.01  # weight of the loss that balances the load of the experts
     router_z_loss: float = 0.001  # weight of the loss that keeps the router's logits small
-    post_norm: bool = False  # a second norm after attention and after the MLP
-    attention_cap: float | None = None  # limit attention scores to (-cap, cap) by cap tanh(score / cap)
+    post_norm: bool = False  # a second norm after attention and after the MLP, before they are added to x
+    attention_cap: float | None = None  # soft cap: limit attention scores to (-cap, cap) by cap tanh(score / cap)
     embedding_scale: float = 1.0  # multiplies token embeddings
     logit_scale: float = 1.0  # multiplies logits
     tied: bool = False  # use the token embedding as the output matrix
@@ -460,7 +460,7 @@ class GPT(nn.Module):
         with reduction "none" that of each [B, T]; a target of -100 does not count. `documents` [B, T] numbers the
         document of each token, in rising order: attention and positions then stay inside a document. With a cache,
         `tokens` continue its sequence and are added to it. Raises ValueError beyond S positions."""
-        B, T = tokens.shape
+        T = tokens.size(1)
         start = cache.length if cache is not None else 0
         if (end := start + T) > self.config.seq_len:
             raise ValueError(f"a sequence of {end} tokens is longer than seq_len {self.config.seq_len}")
@@ -585,7 +585,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if 0 < len(rows) <= 64:  # new tokens; the kernel is slow for many at once and crashes for none
+        if 0 < len(rows) <= 64:  # new tokens; the kernel is slow for many at once and crashes on zero rows
             parts = rows.bfloat16().split(16)
             y = torch.cat([torch._weight_int8pack_mm(part, self.weight, self.scale) for part in parts]).to(x.dtype)
         else:  # a prompt

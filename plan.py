@@ -203,9 +203,9 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
     lost = min(1.0, stall / interval + interval / (2 * between) + RESTART_SECONDS / between)
     restarts = f"{failures:,.2g} per day with restarts of {clock(RESTART_SECONDS)}, assumed"
     yield f"failures   {restarts}: {lost:.1%} of the time is lost"
-    parts = f" in {shard:,} parts" if shard > 1 else ""
+    in_parts = f" in {shard:,} parts" if shard > 1 else ""
     every = f"{clock(interval)}, --save_every {max(1, round(interval / seconds))}"
-    yield f"save       {state / 1e9:,.1f} GB{parts} every {every}"
+    yield f"save       {state / 1e9:,.1f} GB{in_parts} every {every}"
     if lost > 0.1:
         warnings.append(f"failures take {lost:.0%} of the time")
     yield from (f"warning    {warning}" for warning in warnings)

@@ -17,7 +17,8 @@ followed by the token <|endoftext|>, and by the one that begins the next where t
 loss does not count all tokens (conversations, see chat.py), train-mask-00000.npy and so on tell which. The folder gets
 its name when it is complete; until then it is called data/mine.partial, and only one process at a time can make it.
 
-Text is read in pieces of about a megabyte, so memory use stays small (but a list in a .json file is read whole):
+Text is read in pieces of about a megabyte, so memory use stays small (but a list in a .json file is read whole). One
+process does it all, and begins anew after an interruption:
 files -> documents -> pieces of text, each for one split -> token ids -> shards -> windows.
 """
 
@@ -210,7 +211,8 @@ class NewDataset:
 
 
 def tokenizer_for(pieces: Iterable[Piece], vocab_size: int, total_bytes: int) -> Tokenizer:
-    """Train a tokenizer on text of the train split, of which it takes at most about BPE_SAMPLE_BYTES."""
+    """Train a tokenizer on text of the train split, of which it takes at most about BPE_SAMPLE_BYTES, or
+    a few times as much where the files are compressed."""
     sample_every, console = math.ceil(total_bytes / BPE_SAMPLE_BYTES), Console(sys.stderr, log_every=10)
     texts = ((split, part.text) for split, parts, _ in pieces for part in parts if not part.control)
     sized = ((split, len(text.encode()), text) for split, text in texts)
@@ -704,6 +706,7 @@ def lock(path: Path, task: str, wait: bool = False) -> int | None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
             raise
+        say(f"{path.parent} has no file locks: see to it that only one process writes there")
     return file
 
 
@@ -789,8 +792,8 @@ def with_progress(items: Iterable[tuple], task: str, total_bytes: int) -> Iterat
         yield item
         done += item[1]
         rate = done / (time.perf_counter() - start)
-        left = max(total_bytes - done, 0) / max(rate, 1)
-        console.glimpse(f"{task}: {done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, about {left:,.0f} s left")
+        left = f", about {(total_bytes - done) / rate:,.0f} s left" if 0 < done < total_bytes else ""  # or compressed
+        console.glimpse(f"{task}: {done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s{left}")
     console.line(f"{task}: {done / 1e6:,.1f} MB in {time.perf_counter() - start:.1f} s")
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import Tensors, load_checkpoint, tensors_of
+from checkpoint import Tensors, load_checkpoint, open_part, tensors_of
 from model import GPT, GPT2, GPTConfig, empty_model, model_settings, model_with, rotary_frequencies
 from prepare import exit_on, fail, write_json, written_whole
 from tokenizer import DIGITS_PATTERN, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN
@@ -201,7 +201,6 @@ FAMILIES: dict[str, Family] = {  # by the model_type in config.json; export take
     ),
 }
 # fmt: on
-THEIR_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 NOT_WEIGHTS = re.compile(r".*\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")  # masks and angles, in older files
 ONLY_IN_TRAINING = ("dropout", "balance_loss", "router_z_loss")  # settings that do not change what a model computes
 
@@ -232,7 +231,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{paths[0]} needs safetensors: pip install safetensors") from None
         files = [load_file(path) for path in paths]
     elif paths := [*folder.glob("pytorch_model.bin")] or sorted(folder.glob("pytorch_model-*-of-*.bin")):
-        files = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
+        files = [open_part(path) for path in paths]
     else:
         raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
     return {name: tensor for file in files for name, tensor in file.items()}
@@ -258,8 +257,8 @@ def read_config(folder: Path) -> tuple[GPTConfig, Family]:
         for name in names.split():
             if theirs.get(name) is not None:
                 chosen[ours] = theirs[name]
-    if chosen.get("activation") in THEIR_GELU:
-        chosen["activation"] = THEIR_GELU[chosen["activation"]]
+    if chosen.get("activation") in ("gelu_new", "gelu_pytorch_tanh"):
+        chosen["activation"] = "gelu_tanh"
     return GPTConfig(**chosen), family
 
 

@@ -1,6 +1,6 @@
 """Text to token ids and back.
 
-A model reads numbers. A tokenizer cuts text into tokens, pieces of text that have an id each in its vocabulary:
+A model reads numbers. A tokenizer cuts text into tokens, pieces of text, each with an id in its vocabulary:
 
     >>> tokenizer = named_tokenizer("gpt2")
     >>> tokenizer.encode("Hello world").tolist(), tokenizer.bytes_of(15496)

@@ -18,11 +18,13 @@ commands for several nodes and for restarts after faults; these start two nodes 
 minutes to save before the job ends. To continue, submit the job again; Slurm itself requeues one that was preempted.
 torchrun ends with status 1 after a signal, so Slurm calls the job failed although all is saved:
 
+    #!/bin/bash
     #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64
     #SBATCH --time=24:00:00 --signal=USR1@300 --requeue --open-mode=append
     HOST=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)
-    srun --cpus-per-task=64 torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29400 \\
-        --rdzv-id=$SLURM_JOB_ID --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=280 \\
+    srun --cpus-per-task=64 torchrun --nnodes=$SLURM_NNODES --nproc_per_node=8 \\
+        --rdzv-backend=c10d --rdzv-endpoint=$HOST:29400 --rdzv-id=$SLURM_JOB_ID \\
+        --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=280 \\
         train.py --preset gpt2 --out runs/big --resume
 
 Read train() and backward() first. The sections after them: opening a run, data, model and optimizers, evaluation, log,
@@ -65,9 +67,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import prepare
 from chat import IGNORED, Conversations, dialogues
@@ -77,7 +78,7 @@ from checkpoint import rows_of_part, stop_all_ranks, sum_over_ranks
 from model import GPT, HUGE, PRESETS, GPTConfig, choose_device, document_blocks, empty_model, has_bfloat16
 from model import initial_rows, model_settings
 from prepare import Console, Windows, clock, exit_on, fail, lock, moved, shard_hashes
-from published import load_source, tensors_at, why_not_exportable
+from published import ONLY_IN_TRAINING, load_source, tensors_at, why_not_exportable
 from sample import sample
 from tokenizer import Tokenizer
 
@@ -110,7 +111,7 @@ class Config(GPTConfig):
     skip_bad_steps: int = 0  # steps with a non-finite gradient to skip before the run stops
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if the processor has it
-    recompute: bool = False  # keep only the input of each block, and compute the rest again in the backward pass
+    recompute: bool = False  # activation checkpointing: keep each block's input only, compute the rest again backwards
     compile: bool | None = None  # torch.compile (default: on CUDA only)
     device: str | None = None  # cpu, cuda, mps, ... (default: the accelerator if there is one)
     shard: int = 1  # processes that share one copy of the model (FSDP2); 1: each has its own (DDP)
@@ -165,7 +166,6 @@ RECIPES: dict[str, dict] = {
 # How to fine-tune (--init), at the learning rate of the run that it starts from; published models do not tell theirs
 FINE_TUNING = {"epochs": 3.0, "batch_tokens": 8192, "weight_decay": 0.0}
 PUBLISHED_LR = 2e-5
-FREE_SETTINGS = {"dropout", "balance_loss", "router_z_loss"}  # may differ from those that a model was trained with
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop
@@ -192,7 +192,7 @@ def train(given: dict, resume: bool) -> None:
     log.header(train_data, val_data)
     saver, stop = Saver(config, meta, model, optimizers, log, verification), Stop(parent, log)
     n_skipped, saved, stopping, finished = 0, step, False, False
-    with contextlib.suppress(KeyboardInterrupt):  # of stop.watched: the step is not applied, an evaluation not logged
+    with contextlib.suppress(KeyboardInterrupt):  # from stop.watched, which drops the step or evaluation in progress
         if step == 0 and config.init:  # where fine-tuning starts
             log.evaluation(0, *evaluate(model, val_data, config, machine, stop.watched), meta)
         while step < config.stop_at and not stopping:
@@ -207,22 +207,22 @@ def train(given: dict, resume: bool) -> None:
                         group["lr"] = lr_at(step, config)
                     optimizer.step()
             else:
-                n_skipped, problem = n_skipped + 1, log.bad_step(step, loss, grad_norm)
+                n_skipped += 1
+                problem = log.bad_step(step, loss, grad_norm)
                 if n_skipped > config.skip_bad_steps:
                     stop_all_ranks(saver.wait() or problem)  # a save that failed matters more
             model.zero_grad()
             step += 1
 
             # 3. Log, evaluate and save, when they are due.
-            stopping, is_best = agree(stop, saver, verification), False
+            stopping, val_loss = agree(stop, saver, verification), math.inf
             log.progress(step)
             if step % config.log_every == 0 or step in (1, config.stop_at) or stopping:
                 log.step(step, loss, grad_norm, n_skipped)
             if step == config.stop_at or (step % config.eval_every == 0 and not stopping):
                 val_loss = log.evaluation(step, *evaluate(model, val_data, config, machine, stop.watched), meta)
-                is_best = val_loss < saver.best_loss
-            if step % config.save_every == 0 or is_best:
-                saver.save(step, val_loss if is_best else None)
+            if step % config.save_every == 0 or val_loss < saver.best_loss:
+                saver.save(step, val_loss)
                 saved = step
         finished = step == config.steps  # not reached if a signal ends the last evaluation
     if step > saved:
@@ -357,7 +357,9 @@ def find_start(given: dict, run: Path | None, source: Path | None) -> tuple[Conf
     world, n_micro = dist.get_world_size(), (config.batch_tokens or 0) // (config.micro_batch * config.seq_len)
     if n_micro % world:
         legal = ", ".join(str(n) for n in range(1, n_micro + 1) if n_micro % n == 0)
-        fail(f"{world} processes cannot share {n_micro} micro-batches equally: use {legal}, or another micro_batch")
+        tokens = math.ceil(n_micro / world) * world * config.micro_batch * config.seq_len
+        advice = f"use {legal}, another --micro_batch, or --batch_tokens {tokens}"
+        fail(f"{world} processes cannot share {n_micro} micro-batches equally: {advice}")
     if world % config.shard:
         fail(f"{world} processes cannot be divided into groups of --shard {config.shard}")
     return config, source, state
@@ -383,7 +385,7 @@ def check_shape(config: Config, trained: dict, resumed: bool) -> None:
         what = f"the model of --init {config.init}"
         shape["vocab_size"] = max(shape["vocab_size"], config.vocab_size)
         shape["seq_len"] = min(shape["seq_len"], config.seq_len)
-    free = FREE_SETTINGS | ({"seq_len"} if config.position == "rope" else set())
+    free = {*ONLY_IN_TRAINING} | ({"seq_len"} if config.position == "rope" else set())
     for name in sorted(shape.keys() - free):
         if shape[name] != (other := getattr(config, name)):
             fail(f"{what} has {name} {shape[name]}, not {other}: leave that setting out")
@@ -483,7 +485,7 @@ def permute(numbers: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     """Map each of `numbers` to its place in a shuffle of 0 .. n-1 that depends on `key`, without storing the shuffle.
     This is a Feistel network: split a number of 2h bits into halves, and six times swap them and XOR a hash of one into
     the other. Each round can be undone, so no two numbers collide. Results outside 0 .. n-1 go through it again."""
-    half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    half = (max(n - 1, 1).bit_length() + 1) // 2  # of the bits that a number below n needs
     mask = np.uint64(2**half - 1)
     rounds = np.random.SeedSequence(key).generate_state(6, np.uint64)
     numbers = numbers.astype(np.uint64)
@@ -539,13 +541,17 @@ def open_data(config: Config) -> tuple[Config, dict, Data, Data]:
 
 
 class Verification:
-    """Compares the data set with the SHA-256 in its meta.json, in a thread of each rank, which reads its share of the
-    files of its node. Training begins meanwhile, but nothing is saved before all is read: no damaged text gets in."""
+    """Compares the data set with the SHA-256 in its meta.json, in a thread of each rank. Ranks that see the same
+    files, of a node or of a shared disk, read a share each. Training begins meanwhile, but nothing is saved before all
+    is read: no damaged text gets in."""
 
     def __init__(self, folder: str, meta: dict):
-        mine = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        file, rank = os.stat(Path(folder, "meta.json")), dist.get_rank()
+        seen = from_all_ranks((file.st_ino, file.st_ctime_ns))  # this names a file, also on a shared disk
+        sharing = [other for other, theirs in enumerate(seen) if theirs == seen[rank]]
+        share = sharing.index(rank), len(sharing)
         self.damage = None
-        self.thread = threading.Thread(target=self.read, args=(Path(folder), meta, *mine), daemon=True)
+        self.thread = threading.Thread(target=self.read, args=(Path(folder), meta, *share), daemon=True)
         self.thread.start()
         self.thread.join(2)  # so that a damaged data set that is small leaves no folder of a run
         self.check()
@@ -555,12 +561,16 @@ class Verification:
 
     def check(self, wait: bool = False) -> None:
         """Stop all ranks if one has found damage, or else wait until all have read their share, if that is wanted."""
+        said = False
         while True:
             is_reading, is_damaged = any_rank(self.thread.is_alive(), self.damage)
             if is_damaged:
                 stop_all_ranks(next(filter(None, from_all_ranks(self.damage))))
             if not (wait and is_reading):
                 return
+            if not said:
+                print("saving waits for the end of reading the data, of which the SHA-256 is compared", flush=True)
+                said = True
             self.thread.join(0.1)
 
 
@@ -603,7 +613,7 @@ def build_model(config: Config, machine: "Machine", read: Callable[..., Tensor])
         model = GPT(config)
     for block in model.blocks:
         if config.recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
         if machine.compile:  # one graph serves all dense blocks; FSDP2's work around each stays outside
             block.forward = torch.compile(block.forward)
     if machine.compile and machine.device.type == "cuda":  # elsewhere it takes longer than short runs gain by it
@@ -653,7 +663,7 @@ def sync_gradients(parallel: nn.Module, now: bool) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor, if each rank holds a part of it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -686,15 +696,15 @@ def orthogonalised_by(ranks: dist.ProcessGroup, parts: Tensor, n_rows: int) -> T
     return x.transpose(0, 1).flatten(0, 1)
 
 
-class Muon(torch.optim.Muon):
+class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum, so that all directions of a matrix learn equally fast (Jordan et al.,
     2024). A factor gives the steps the size of AdamW's, so that both can share a learning rate (Liu et al., 2025).
 
     torch.optim.Muon takes one matrix after the other, all of them on every rank, in bfloat16, which most CPUs emulate
-    slowly. This subclass batches matrices of equal shape, works in `dtype`, and divides the work between the ranks."""
+    slowly. This one batches matrices of equal shape, works in `dtype`, and divides the work between the ranks."""
 
     def __init__(self, matrices: list[Tensor], dtype: torch.dtype, **options):
-        super().__init__(matrices, **options)
+        super().__init__(matrices, options)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -713,14 +723,14 @@ class Muon(torch.optim.Muon):
             for i, matrix in enumerate(matrices):
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-                self.state[matrix]["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                held(self.state[matrix]["momentum_buffer"]).lerp_(held(matrix.grad), 1 - group["momentum"])
                 by_copy[i % world // n_shards].append(matrix)
             # In a single process, all matrices are `mine`, and nothing is sent.
             mine, n_slots = by_copy.get(rank // n_shards, []), math.ceil(len(by_copy[0]) / n_shards) * n_shards
             size = n_slots, math.ceil(shape[0] / n_shards), shape[1]
             ahead = torch.zeros(size, dtype=self.dtype, device=matrices[0].device)
             for slot, matrix in zip(ahead, mine):
-                nesterov = held(matrix.grad.lerp(self.state[matrix]["momentum_buffer"], group["momentum"]))
+                nesterov = held(matrix.grad).lerp(held(self.state[matrix]["momentum_buffer"]), group["momentum"])
                 slot[: len(nesterov)] = nesterov
             if mine:
                 ahead = orthogonalised_by(same_copy, ahead, shape[0]) if mesh else orthogonalised(ahead[: len(mine)])
@@ -778,8 +788,7 @@ def evaluate(model: GPT, data: Data, config: Config, machine: "Machine", watched
     for i in watched(range(0, share, config.micro_batch), "evaluation"):
         inputs, targets, documents = on_device(data.get(indices[i : i + config.micro_batch]), machine.device)
         with machine.autocast:
-            each = model(inputs, targets, documents, reduction="none")
-        losses.append(each)
+            losses.append(model(inputs, targets, documents, reduction="none"))
         counts.append((targets != IGNORED).sum(1))
     model.train()
     losses = torch.cat(losses).cpu().double().sum(1)[counted]  # once, since it waits; mps has no float64
@@ -794,7 +803,7 @@ def on_device(arrays: tuple, device: torch.device) -> list[Tensor | None]:
     """What Windows.get returns, as tensors on the device."""
     tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
     if device.type == "cuda":  # from pinned memory, a copy does not wait for what the device computes
-        return [None if t is None else t.pin_memory().to(device, non_blocking=True) for t in tensors]
+        return [None if t is None else t.contiguous().pin_memory().to(device, non_blocking=True) for t in tensors]
     return [None if t is None else t.to(device) for t in tensors]
 
 
@@ -887,7 +896,7 @@ class Log(Console):
         row = {"step": step, "loss": mean_loss, "lr": lr_at(step - 1, self.config), "grad_norm": grad_norm.item()}
         row |= {"seconds": now - self.started, "tokens_per_second": speed, "skipped": skipped}
         if layers := self.model.expert_layers():
-            loads = torch.stack([layer.load for layer in layers])
+            loads = torch.stack([layer.load for layer in layers]).cpu()
             row["expert_load"] = (torch.tensor(sum_over_ranks(*loads.flatten())).view_as(loads) / world).tolist()
         text = f"step {step:5,}/{self.config.steps:,}  loss {mean_loss:.4f}  {speed:9,.0f} tokens/s"
         if self.machine.compile and last_step == self.first[0]:
@@ -900,7 +909,7 @@ class Log(Console):
         self.last = (step, time.monotonic())
 
     def bad_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> str:
-        """Say, and return with advice, where a gradient comes from that is not finite."""
+        """Log where a gradient that is not finite comes from, and return that with advice."""
         bad = [rank for rank, is_finite in enumerate(from_all_ranks(loss.isfinite().item())) if not is_finite]
         where = f"the loss is not finite on ranks {bad}" if bad else "the loss is finite on all ranks"
         problem = f"step {step + 1}: the gradient norm is {grad_norm}, {where}; no rank applied it"
@@ -944,7 +953,8 @@ class Log(Console):
         marks = [(r["step"], r[kind], mark) for kind, mark in kinds.items() for r in rows if r.get(kind) is not None]
         if len(marks) < 10:
             return ""
-        high, low = (bound(loss for _, loss, _ in marks) for bound in (max, min))
+        losses = [loss for _, loss, _ in marks]
+        high, low = max(losses), min(losses)
         lines = [[" "] * width for _ in range(height)]
         for step, loss, mark in marks:
             depth = (high - loss) / max(high - low, 1e-9)
@@ -967,6 +977,7 @@ class Accelerator(NamedTuple):  # published figures
 
 ACCELERATORS = {
     "A100": Accelerator(312e12, 80e9, 300e9),
+    "H100 PCIE": Accelerator(756e12, 80e9, 300e9),
     "H100": Accelerator(989e12, 80e9, 450e9),
     "H200": Accelerator(989e12, 141e9, 450e9),
     "B200": Accelerator(2250e12, 192e9, 900e9),
@@ -1009,7 +1020,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     the best of a few products of 1024 x 1024 matrices."""
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == "bfloat16" else ""
-        return next((gpu.flops for kind, gpu in ACCELERATORS.items() if kind in name), None)
+        return next((gpu.flops for kind, gpu in ACCELERATORS.items() if kind in name.upper()), None)
     a, b = torch.randn(2, 1024, 1024).to(getattr(torch, dtype))
     return 2 * 1024**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=8))
 
@@ -1052,14 +1063,14 @@ class Stop:
 
     def __init__(self, parent: int, log: Log):
         self.parent, self.log, self.received, self.alone = parent, log, [], "RANK" not in os.environ
-        sender, receiver = socket.socketpair()
-        sender.setblocking(False)
-        signal.set_wakeup_fd(sender.fileno())
-        threading.Thread(target=self.answer, args=(sender, receiver), daemon=True).start()
+        self.sender, receiver = socket.socketpair()
+        self.sender.setblocking(False)
+        signal.set_wakeup_fd(self.sender.fileno())
+        threading.Thread(target=self.answer, args=(receiver,), daemon=True).start()
         for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows lacks the third
             signal.signal(getattr(signal, name), lambda number, frame: self.received.append(number))
 
-    def answer(self, sender: socket.socket, receiver: socket.socket) -> None:
+    def answer(self, receiver: socket.socket) -> None:
         """In a thread, since the main one may be computing for minutes before it calls the handler."""
         if receiver.recv(1):
             how = "without an unfinished step; a second signal ends the program" if self.alone else "after this step"
@@ -1144,7 +1155,7 @@ def read_settings(path: str | Path) -> dict:
 def build_config(given: dict) -> Config:
     """The config with the settings `given`, over those of the preset that they name. Ends the program on failure."""
     preset = given.get("preset", Config.preset)
-    if preset not in list(PRESETS):
+    if preset not in list(PRESETS):  # a list: JSON can give a value that no dict can look up
         fail(f"no preset is called {preset!r}: use {', '.join(PRESETS)}")
     settings = {**PRESETS[preset], **RECIPES.get(preset, FROM_SCRATCH), **given}
     if unknown := settings.keys() - {f.name for f in fields(Config)}:
@@ -1175,10 +1186,10 @@ def launch(work: Callable, given: dict, *more) -> None:
     except KeyboardInterrupt:
         status = f"{Path(sys.argv[0]).name}: interrupted before the first step"
     except Exception as error:
-        if world == 1 or torch.cuda.is_available():
+        if world == 1 or torch.cuda.is_initialized():
             raise
         trace, reason = traceback.format_exc(), str(error).split(". ")[0]
-    if status and torch.cuda.is_available():  # destroying an NCCL group would wait for the other ranks
+    if status and torch.cuda.is_initialized():  # destroying an NCCL group would wait for the other ranks
         sys.exit(status)
     # Outside of the except blocks, since the exception keeps the model alive, and with it the connections.
     dist.destroy_process_group()

@@ -240,7 +240,7 @@ def test_a_process_that_computes_for_ever_answers_a_signal_and_ends_with_the_sec
     (2, ["--data", "nowhere"], "nowhere is no data set"), (2, ["--device", "abacus"], "--device abacus cannot be used"),
     (2, ["--vocab_size", "100"], "a vocabulary of 100 is too small"),
     (2, ["--seq_len", "4096", "--batch_tokens", "32768"], "4096 tokens: use --seq_len 1024, or add text"),
-    (3, [], "3 processes cannot share 2 micro-batches equally: use 1, 2, or another micro_batch"),
+    (3, [], "cannot share 2 micro-batches equally: use 1, 2, another --micro_batch, or --batch_tokens 192"),
 ])
 def test_ranks_that_cannot_train_say_so_once_and_end(call, data, tmp_path, n, flags, told):
     """Each on a node of its own. Without the fourth refusal, rank 0 would start from step 0 where its node does not see

@@ -513,8 +513,9 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_is_w
     assert load_checkpoint(run)[0]["step"] == 20 and not list(run.glob("*.partial"))
 
 
-def test_a_save_that_fails_is_tried_again_at_the_next(trained, monkeypatch, capsys):
-    write_part, steps = checkpoint.write_part, []
+def test_a_save_that_fails_is_tried_again_at_the_next_and_is_not_the_best(trained, monkeypatch, capsys):
+    write_part, steps, losses = checkpoint.write_part, [], iter([(1.0, 0.1), (2.0, 0.1), (3.0, 0.1)])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
 
     def once_without_room(run, step, *more):
         steps.append(step)
@@ -523,7 +524,8 @@ def test_a_save_that_fails_is_tried_again_at_the_next(trained, monkeypatch, caps
         return write_part(run, step, *more)
 
     monkeypatch.setattr(checkpoint, "write_part", once_without_room)
-    run = trained("r", "--steps 15 --save_every 5")
+    run = trained("r", "--steps 15 --save_every 5 --eval_every 5")
+    assert json.loads((run / "best.json").read_text())["step"] == 10
     assert "cannot save in r (no room); trying again" in capsys.readouterr().out
     assert steps == [5, 10, 15] and [state_of(run, step)["step"] for step in (10, 15)] == [10, 15]
 
@@ -809,21 +811,25 @@ def test_a_damaged_shard_is_refused(refused, data, tmp_path, how, told):
 
 @pytest.mark.parametrize("save_every", [1, 10**6])
 def test_damage_found_in_training_stops_it_before_a_save(refused, data, tmp_path, monkeypatch, save_every):
-    """By one rank of three on its node, which read a share of the files each."""
-    given = []
-
-    def damaged_shard(*what):
-        given.append(what[0:1] + what[2:])
+    def damaged_shard(*given):
         wait_for_step(tmp_path / "r", 1)
         return "the data is damaged"
 
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(prepare, "damaged_shard", damaged_shard)
     monkeypatch.setattr(train.threading.Thread, "join", lambda *_: None)
     flags = [*TINY, "--data", data, "--steps", 2000, "--save_every", save_every, "--eval_every", 10**6]
     assert "the data is damaged" in refused(train, *flags, "--out", "r")
-    assert given == [(data, 0, 3)] and max(rows(tmp_path / "r", "loss")) < 2000
-    assert not list(tmp_path.glob("r/step-*"))
+    assert max(rows(tmp_path / "r", "loss")) < 2000 and not list(tmp_path.glob("r/step-*"))
+
+
+def test_ranks_that_see_the_same_data_verify_a_share_each(alone, data, monkeypatch):
+    """This one is the second of three that do; a fourth has a copy of its own."""
+    read = []
+    monkeypatch.setattr(train, "from_all_ranks", lambda value: [value, (0, 0), value, value])
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(prepare, "damaged_shard", lambda *given: read.append(given))
+    train.Verification(data, {})
+    assert read == [(data, {}, 1, 3)]
 
 
 def test_other_data_or_another_tokenizer_is_refused(refused, call, run, tmp_path):
