@@ -102,6 +102,15 @@ def compute_seconds(model: GPT, config: Config, gpu: str, gpus: int, mfu: float)
     return passes * model.flops_per_token() * config.batch_tokens / (gpus * ACCELERATORS[gpu].flops * mfu)
 
 
+def muon_seconds(model: GPT, config: Config, gpu: str, gpus: int, mfu: float) -> float:
+    """Seconds in which the busiest rank orthogonalises its share of Muon's matrices, in five iterations."""
+    flops = 0
+    for shape, count in Counter(p.shape for p in muon_matrices(model, config)).items():
+        short, long = sorted(shape)
+        flops += math.ceil(count / gpus) * 5 * (4 * short**2 * long + 2 * short**3)
+    return flops / (ACCELERATORS[gpu].flops * mfu)
+
+
 def traffic_seconds(model: GPT, config: Config, gpus: int, link: float, compute: float) -> tuple[float, float]:
     """Seconds that a step's traffic takes on the slowest link, and how many of them do not overlap with `compute`
     seconds of computation. Weights and Muon's matrices travel in the run's dtype, gradients in float32."""
@@ -168,6 +177,7 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
 
     compute = compute_seconds(model, config, gpu, gpus, mfu)
     traffic, waiting = traffic_seconds(model, config, gpus, device.link, compute)
+    compute += muon_seconds(model, config, gpu, gpus, mfu)
     seconds = compute + waiting
     days = config.steps * seconds / 86400
     yield f"compute    {flops * tokens:.3g} FLOP, {compute:,.3g} s per step"

@@ -27,8 +27,8 @@ torchrun ends with status 1 after a signal, so Slurm calls the job failed althou
         --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=280 \\
         train.py --preset gpt2 --out runs/big --resume
 
-Read train() and backward() first. The sections after them: opening a run, data, model and optimizers, evaluation, log,
-machine, processes, command line.
+Read train() and backward() first. The sections after them: opening a run, data, machine, model and
+optimizers, evaluation, log, processes, command line.
 """
 
 import gc
@@ -604,10 +604,70 @@ def windows_of(split: str, shards: dict, config: Config, tokenizer: Tokenizer, i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+class Accelerator(NamedTuple):  # published figures
+    flops: float  # dense bfloat16 products per second
+    memory: float  # bytes
+    link: float  # bytes per second to the other GPUs of its node, in each direction
+
+
+ACCELERATORS = {
+    "A100": Accelerator(312e12, 80e9, 300e9),
+    "H100 PCIE": Accelerator(756e12, 80e9, 300e9),
+    "H100": Accelerator(989e12, 80e9, 450e9),
+    "H200": Accelerator(989e12, 141e9, 450e9),
+    "B200": Accelerator(2250e12, 192e9, 900e9),
+}
+
+
+class Machine(NamedTuple):
+    """What a rank computes on, and how."""
+
+    device: torch.device
+    autocast: torch.autocast  # computes matrix products in the run's dtype; weights and sums stay in float32
+    compile: bool
+    peak_flops: float | None  # of a device in that dtype
+    lines: dict[str, str]  # for the log
+
+
+def choose_machine(config: Config) -> tuple[Config, Machine]:
+    """The config with the dtype chosen if it was open, and the machine."""
+    with rank_0_first(), exit_on(ValueError):
+        device, reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    dtype = config.dtype
+    if dtype == "auto":  # by a rule, not by a measurement, so that a command has the same result each time
+        dtype = "bfloat16" if from_rank_0(has_bfloat16(device)) else "float32"
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    hosts = from_all_ranks(socket.gethostname())
+    on, off = "on (the first step may take a minute)", "off (--compile pays on CUDA, and in long runs elsewhere)"
+    lines = {
+        "ranks": f"{len(hosts)} on {', '.join(sorted(set(hosts)))}",
+        "device": f"{device} ({reason})",
+        "dtype": dtype,
+        "compile": on if compiled else off,
+    }
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    return config.changed(dtype=dtype), Machine(device, autocast, compiled, peak_flops(device, dtype), lines)
+
+
+@cache
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Peak FLOP/s of matrix products: published for a GPU in bfloat16, unknown (None) for other accelerators; on a CPU
+    the best of a few products of 1024 x 1024 matrices."""
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == "bfloat16" else ""
+        return next((gpu.flops for kind, gpu in ACCELERATORS.items() if kind in name.upper()), None)
+    a, b = torch.randn(2, 1024, 1024).to(getattr(torch, dtype))
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Model and optimizers
 
 
-def build_model(config: Config, machine: "Machine", read: Callable[..., Tensor]) -> GPT:
+def build_model(config: Config, machine: Machine, read: Callable[..., Tensor]) -> GPT:
     """The model on its device, with the weights that `read` returns (see first_weights)."""
     with torch.device("meta"):
         model = GPT(config)
@@ -774,7 +834,7 @@ def lr_at(step: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Data, config: Config, machine: "Machine", watched: Callable) -> tuple[float, float]:
+def evaluate(model: GPT, data: Data, config: Config, machine: Machine, watched: Callable) -> tuple[float, float]:
     """Mean loss in nats per token over fixed held-out windows, and its standard error (NaN of a single one). Draws no
     random numbers, so that training continues as if there had been no evaluation."""
     n = min(data.n_windows, max(1, config.eval_tokens // config.seq_len))
@@ -815,7 +875,7 @@ class Log(Console):
     """Prints progress, and records it in metrics.jsonl and for TensorBoard if that is installed. Rank 0 writes; every
     rank takes part in the sums. Rows after `step`, of steps that were lost with a killed process, are dropped."""
 
-    def __init__(self, config: Config, machine: "Machine", model: GPT, step: int, started: float):
+    def __init__(self, config: Config, machine: Machine, model: GPT, step: int, started: float):
         super().__init__(sys.stdout)
         self.config, self.machine, self.model, self.started = config, machine, model, started
         self.path, self.board = Path(config.out, "metrics.jsonl"), None
@@ -966,68 +1026,7 @@ class Log(Console):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The machine
-
-
-class Accelerator(NamedTuple):  # published figures
-    flops: float  # dense bfloat16 products per second
-    memory: float  # bytes
-    link: float  # bytes per second to the other GPUs of its node, in each direction
-
-
-ACCELERATORS = {
-    "A100": Accelerator(312e12, 80e9, 300e9),
-    "H100 PCIE": Accelerator(756e12, 80e9, 300e9),
-    "H100": Accelerator(989e12, 80e9, 450e9),
-    "H200": Accelerator(989e12, 141e9, 450e9),
-    "B200": Accelerator(2250e12, 192e9, 900e9),
-}
-
-
-class Machine(NamedTuple):
-    """What a rank computes on, and how."""
-
-    device: torch.device
-    autocast: torch.autocast  # computes matrix products in the run's dtype; weights and sums stay in float32
-    compile: bool
-    peak_flops: float | None  # of a device in that dtype
-    lines: dict[str, str]  # for the log
-
-
-def choose_machine(config: Config) -> tuple[Config, Machine]:
-    """The config with the dtype chosen if it was open, and the machine."""
-    with rank_0_first(), exit_on(ValueError):
-        device, reason = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    dtype = config.dtype
-    if dtype == "auto":  # by a rule, not by a measurement, so that a command has the same result each time
-        dtype = "bfloat16" if from_rank_0(has_bfloat16(device)) else "float32"
-    compiled = device.type == "cuda" if config.compile is None else config.compile
-    hosts = from_all_ranks(socket.gethostname())
-    on, off = "on (the first step may take a minute)", "off (--compile pays on CUDA, and in long runs elsewhere)"
-    lines = {
-        "ranks": f"{len(hosts)} on {', '.join(sorted(set(hosts)))}",
-        "device": f"{device} ({reason})",
-        "dtype": dtype,
-        "compile": on if compiled else off,
-    }
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    return config.changed(dtype=dtype), Machine(device, autocast, compiled, peak_flops(device, dtype), lines)
-
-
-@cache
-def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Peak FLOP/s of matrix products: published for a GPU in bfloat16, unknown (None) for other accelerators; on a CPU
-    the best of a few products of 1024 x 1024 matrices."""
-    if device.type != "cpu":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == "bfloat16" else ""
-        return next((gpu.flops for kind, gpu in ACCELERATORS.items() if kind in name.upper()), None)
-    a, b = torch.randn(2, 1024, 1024).to(getattr(torch, dtype))
-    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=8))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes. torchrun starts one per rank; without it there is one, a group of size 1. What ranks tell each other is in
-# checkpoint.py
+# Processes. torchrun starts one per rank; without it there is one, a group of size 1
 
 
 def start_processes(timeout: float) -> dist.Store:

@@ -91,6 +91,8 @@ def figures(printed: str) -> dict[str, list[float]]:
 EXPERT, BLOCK, OUTSIDE, N, MATRICES = 0.176161, 0.218112, 1.050677, 4 * 0.218112 + 1.050677, 4 * 0.218104
 FLOP = 6 * (MATRICES + 128256 * 4096e-9) + 12 * 4 * 4096 * 8192e-9
 STEP = FLOP * 524_288 / 8 / 395.6e3
+MUON = 5 * (10 * 4096**3 + 8 * 14336 * 4096**2 + 4 * 4096 * 1024**2 + 2 * 1024**3)  # FLOP of a matrix of each shape
+MUON /= 395.6e12  # seconds
 OPTIMIZER = 4 * MATRICES + 8 * (N - MATRICES)  # Muon has one number for each parameter, AdamW two
 KEPT = 8192e-9 * 2 * 4 * (4 * 14336 + 2 * 3 * 4096 + 3 * 4096 + 3 * 1024)  # MLP; norms; queries, output; keys, values
 CAP = 8192e-9 * 4 * 32 * 8192 * (2 + 4 + 2)  # of each score: tanh, softmax in float32, its copy
@@ -109,9 +111,9 @@ LLAMA = "--preset llama3-8b --n_layer 4 --gpus "
     ("8 --tokens 1e9", "tokens", [1908 * 524_288, 1908, 4.23e10]),
     ("8 --n_expert 8 --steps 50", "tokens", [50 * 524_288, 50, 5.69e10]),
     ("8 --n_expert 8 --tokens 1e12", "loss", [1.8172 + 482.01 / 2.628e9**0.3478 + 2085.43 / 1e12**0.3658]),
-    ("8", "compute", [FLOP * 1e9 * 20_000 * 524_288, STEP]),
-    ("8 --recompute", "compute", [STEP * 4 / 3]),
-    ("16 --gpu a100 --mfu 0.25", "compute", [STEP * 395.6 / 156]),
+    ("8", "compute", [FLOP * 1e9 * 20_000 * 524_288, STEP + MUON]),
+    ("8 --recompute", "compute", [STEP * 4 / 3 + MUON]),
+    ("16 --gpu a100 --mfu 0.25", "compute", [STEP * 395.6 / 156 + MUON * 395.6 / 78]),
     ("200 --preset gpt2 --n_layer 12 --optimizer adamw", "network", [6.456e-3, 2.881e-3]),  # all but 25 MiB overlap
     ("64 --shard 8 --optimizer adamw", "network", [SHARED, 0]),
     ("64 --shard 8 --optimizer adamw --dtype float32", "network", [SHARED + GATHERED, 0]),
