@@ -9,7 +9,7 @@ from shlex import split
 from textwrap import dedent
 
 import pytest
-import torch.distributed.run as torchrun
+import torch
 from conftest import TINY, TINY_FLOPS, Ranks, assert_same, assert_same_states, kill, rows, state_of, wait_for_step
 from conftest import words
 
@@ -17,6 +17,7 @@ import prepare
 import train
 from checkpoint import load_checkpoint
 
+TORCHRUN = Path(torch.distributed.__file__).with_name("run.py")
 SMALL = [*TINY, "--log_every", "1", "--eval_every", "100", "--dropout", "0.1"]
 
 
@@ -52,13 +53,14 @@ def slow_faults(data, tmp_path_factory):
     die = 'os.path.exists("killed") or os.mkdir("killed") or os.kill(os.getpid(), signal.SIGKILL)'
     script = changed(folder, ON_RANK_1.format(calls=[13], fault=die))
     launcher = split("--standalone --nproc_per_node=2 --max-restarts=2 --run-path --start-method=fork")
-    faults["kill"] = folder, Ranks(folder, *launcher, script, *flags, script=torchrun.__file__)
+    faults["kill"] = folder, Ranks(folder, *launcher, script, *flags, script=TORCHRUN)
     yield faults
 
 
 @pytest.fixture
 def start(data, tmp_path):
-    """start("--steps 9", n=3) trains in 3 processes, and start("--out r --resume") goes on in two. `change` train.py."""
+    """start("--steps 9", 3) trains in 3 processes, perhaps with a change of train.py; start("--out r --resume") goes on
+    in two."""
 
     def start_small(flags: str, n: int = 2, change: str | None = None) -> Ranks:
         new = [] if "--resume" in flags else [*SMALL, "--data", data, "--out", "r"]
