@@ -370,7 +370,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (cause, n) in FAULTS.items():
         needs = "; needs root and iproute2" if name in ROOT_ONLY else ""
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{cause.__doc__.split(':')[0]} ({n} times{needs})")
+        what = cause.__doc__.split(":")[0]
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} ({n} times{needs})")
     asked = {name: n for name, n in vars(parser.parse_args()).items() if n is not None}
     bad = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
