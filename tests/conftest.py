@@ -170,13 +170,19 @@ def shell(script: str, *arguments, cwd: Path, stdin: str = "") -> SimpleNamespac
     return Ranks(cwd, *arguments, script=ROOT / script, stdin=stdin).finish()
 
 
+def last_step(run: str | Path) -> int:
+    """The newest that is in the log, or 0."""
+    try:
+        return max(json.loads(row)["step"] for row in Path(run, "metrics.jsonl").read_text().split("\n")[:-1])
+    except (OSError, ValueError):
+        return 0
+
+
 def wait_for_step(run: Path, step: int) -> None:
-    end, path = time.monotonic() + 60, run / "metrics.jsonl"
-    while time.monotonic() < end:
-        if path.exists() and any(json.loads(row)["step"] >= step for row in path.read_text().split("\n")[:-1]):
-            return
+    end = time.monotonic() + 60
+    while last_step(run) < step:
+        assert time.monotonic() < end, f"step {step} was not reached"
         time.sleep(0.01)
-    pytest.fail(f"step {step} was not reached")
 
 
 # ---- runs

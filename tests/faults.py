@@ -29,7 +29,7 @@ from shlex import split
 from statistics import median
 
 import torch
-from conftest import ROOT, TINY, words
+from conftest import ROOT, TINY, last_step, words
 from nodes import flaky_nodes, ip, linked_nodes
 
 import prepare
@@ -57,13 +57,6 @@ def finish(run: str, flags: str, launcher: list[str] = ALONE) -> dict:
     """Train without a fault. Returns the newest checkpoint."""
     start(run, flags, launcher).communicate()
     return newest(run)
-
-
-def last_step(run: str) -> int:
-    try:
-        return max(json.loads(row)["step"] for row in Path(run, "metrics.jsonl").read_text().split("\n")[:-1])
-    except (OSError, ValueError):
-        return 0
 
 
 def wait_for_step(process: subprocess.Popen, run: str, step: int) -> float:

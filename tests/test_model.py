@@ -355,13 +355,3 @@ def test_ids_of_a_padded_vocabulary_are_never_drawn():
     model = make("today")
     drawn = islice(generate(model, random_tokens(1, 4), n_vocab=5, temperature=5.0), 200)
     assert {ids.item() for ids in drawn} == {0, 1, 2, 3, 4}
-
-
-@pytest.mark.parametrize("wrong, named", [
-    ({"n_embd": 30, "n_head": 4}, "n_embd 30"), ({"n_head": 4, "n_kv_head": 3}, "n_kv_head 3"),
-    ({"n_embd": 12, "n_head": 4}, "head_dim 3"), ({"n_layer": 0}, "n_layer 0"),
-    ({"n_expert": 4, "n_expert_active": 5}, "n_expert_active 5"), ({"dropout": 1.0}, "dropout 1.0"),
-])
-def test_sizes_that_do_not_fit_are_named(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        GPTConfig(**wrong)
