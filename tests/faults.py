@@ -242,41 +242,6 @@ def flaky_links(n: int) -> Iterator[bool]:
         yield [rank.returncode for rank in ranks] == [0, 0] and same(newest(f"far{i}"), near)
 
 
-def full_disks(n: int) -> Iterator[bool]:
-    """a disk that is full for one of two ranks that share a model: no checkpoint counts until it can write again"""
-    for i in range(n):
-        process = start(run := f"full{i}", "--shard 2 --save_every 5", TORCHRUN, until=12)
-        rank = workers(process)[1]  # not 0, which also writes the log
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (1000, -1))
-        wait_for_step(process, run, (step := last_step(run)) + 20)
-        yield 5 <= newest(run)["step"] <= step + 1
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (-1, -1))
-        wait_for_step(process, run, last_step(run) + 10)
-        yield newest(run)["step"] > step + 1
-        process.terminate()
-        process.communicate()
-        yield is_saved(run) and not strays(run)
-
-
-def old_parts(n: int) -> Iterator[bool]:
-    """one of two ranks stopped in a save, which ends when a later run has gone on: no part of it counts or stays"""
-    flags = "--resume --shard 2 --save_every 1"
-    for i in range(n):
-        process = start(run := f"old{i}", flags, TORCHRUN, until=5)
-        other, stopped = wait_for_save(process, run)
-        os.kill(stopped, signal.SIGSTOP)
-        for pid in (process.pid, other):
-            os.kill(pid, signal.SIGKILL)
-        stop_at = newest(run)["step"] + 5
-        state = finish(run, f"{flags} --stop_at {stop_at}", TORCHRUN)
-        for part, path in enumerate(Path(run).glob(f"step-{stop_at - 1:08d}*.pt"), 1):  # as if of the newest step
-            shutil.copy(path, f"{run}/step-{stop_at:08d}.{part}-of-2.0123abcd.pt")
-        os.kill(stopped, signal.SIGCONT)
-        process.communicate()  # which ends with the last that holds the pipe
-        yield state["step"] == stop_at and same(newest(run), state)
-        yield finish(run, f"{flags} --stop_at {stop_at + 1}", TORCHRUN)["step"] == stop_at + 1 and not strays(run)
-
-
 def prepares(n: int) -> Iterator[bool]:
     """kill -9 of prepare.py at random instants: no data set is there, or a whole one"""
     Path("long.txt").write_text(Path("text.txt").read_text() * 200)
@@ -353,8 +318,7 @@ def fuzz(n: int) -> Iterator[bool]:
 FAULTS = {
     "kill": (kills, 50), "resume": (resumes, 10), "flip": (flips, 100), "signal": (signals, 20),
     "rank": (killed_ranks, 3), "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3),
-    "save": (killed_saves, 10), "full": (full_disks, 3), "old": (old_parts, 3),
-    "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
+    "save": (killed_saves, 10), "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
 }
 ROOT_ONLY = {"node", "link"}
 
