@@ -156,12 +156,6 @@ def test_all_blocks_are_compiled_once_to_train_and_once_to_evaluate(trained, mon
         assert len(graphs) == 2
 
 
-def test_accumulated_micro_batches_equal_one_batch(trained):
-    one, eight = (trained(f"micro{n}", f"--steps 5 --lr 1e-3 --micro_batch {n}") for n in (1, 8))
-    torch.testing.assert_close(state_of(one, 5)["model"], state_of(eight, 5)["model"], atol=1e-4, rtol=0)
-    assert rows(one, "loss") == pytest.approx(rows(eight, "loss"), abs=1e-5)
-
-
 @pytest.mark.parametrize("optimizer, names", [("muon", ["Muon", "AdamW"]), ("adamw", ["AdamW"])])
 def test_every_parameter_has_one_optimizer_and_only_matrices_of_blocks_have_muon(optimizer, names, alone):
     model = GPT(GPTConfig(vocab_size=50, bias=True))
