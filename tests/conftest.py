@@ -8,10 +8,9 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from shlex import split
@@ -22,13 +21,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+os.environ["OMP_NUM_THREADS"] = "1"  # enough for tiny models, and much faster than two threads on a busy machine
+os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # for a torchrun that restarts
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["forked"])
 forkserver.ensure_running()  # it imports torch while this process does
 
 import torch
-
-torch.set_num_threads(1)  # enough for tiny models, and much faster than two threads when the machine is busy
 
 import prepare
 import train
@@ -107,8 +106,6 @@ def refused(call, capsys):
 
 # ---- scripts in processes of their own
 
-STARTED = []  # processes of this test, and of fixtures around it
-
 
 def kill(processes: list) -> None:
     for process in processes:
@@ -119,17 +116,16 @@ def kill(processes: list) -> None:
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
     """Or else a run of a million steps would go on after a failure."""
-    n = len(STARTED)
+    around = multiprocessing.active_children()  # of fixtures of a module
     yield
-    kill(STARTED[n:])
-    del STARTED[n:]
+    kill([process for process in multiprocessing.active_children() if process not in around])
 
 
 class Ranks:
-    """`n` processes that run a script as torchrun would start them, or a single one as python would. The folder and
-    each argument may be functions of the rank. The output goes to files, or to an existing pipe `stdout`."""
+    """`n` processes that run train.py or a script as torchrun would start them, or a single one as python would. The
+    folder and each argument may be functions of the rank. The output goes to files, or to an existing pipe `stdout`."""
 
-    def __init__(self, folder, *arguments, script: Path = ROOT / "train.py", n: int = 1, stdin: str = "", stdout=None):
+    def __init__(self, folder, *arguments, script: str | Path | None = None, n: int = 1, stdin: str = "", stdout=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
@@ -141,11 +137,9 @@ class Ranks:
             files[0].write_text(stdin)
             files[1] = stdout or files[1]
             given = [str(a(rank) if callable(a) else a) for a in arguments]
-            work = (Path(script), given, place, env, files)
+            work = (script, given, place, env, files)
             self.processes.append(FORKS.Process(target=run_script, args=work, daemon=True))  # ends with pytest
             self.processes[-1].start()
-            if threading.current_thread() is threading.main_thread():  # other threads work for whole modules
-                STARTED.append(self.processes[-1])
             self.outputs.append([path for path in files[1:] if path != stdout])
 
     def pid(self, rank: int) -> int:
@@ -176,23 +170,19 @@ def shell(script: str, *arguments, cwd: Path, stdin: str = "") -> SimpleNamespac
     return Ranks(cwd, *arguments, script=ROOT / script, stdin=stdin).finish()
 
 
+def last_step(run: str | Path) -> int:
+    """The newest that is in the log, or 0."""
+    try:
+        return max(json.loads(row)["step"] for row in Path(run, "metrics.jsonl").read_text().split("\n")[:-1])
+    except (OSError, ValueError):
+        return 0
+
+
 def wait_for_step(run: Path, step: int) -> None:
-    end, path = time.monotonic() + 60, run / "metrics.jsonl"
-    while time.monotonic() < end:
-        if path.exists() and any(json.loads(row)["step"] >= step for row in path.read_text().split("\n")[:-1]):
-            return
+    end = time.monotonic() + 60
+    while last_step(run) < step:
+        assert time.monotonic() < end, f"step {step} was not reached"
         time.sleep(0.01)
-    pytest.fail(f"step {step} was not reached")
-
-
-TORCHRUN = [sys.executable, *split("-m torch.distributed.run --standalone --nproc_per_node=2")]
-RESTARTS = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # its environment
-
-
-def workers(torchrun: subprocess.Popen) -> list[int]:
-    """The process ids of the ranks that a torchrun has started."""
-    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    return [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 # ---- runs
@@ -228,24 +218,10 @@ def state_of(run: Path, step: int) -> dict:
     return {**state, "model": dict(state["model"]), "optimizer": dict(state["optimizer"])}
 
 
-def assert_same(a, b):
-    """Bit for bit, through dicts, lists and tensors."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)  # of tensors by name: bit for bit
 
 
 def assert_same_states(one: Path, other: Path, step: int) -> None:
     """Two runs have the same weights and optimizer state at a step."""
-    for kind in ("model", "optimizer"):
-        assert_same(state_of(one, step)[kind], state_of(other, step)[kind])
+    a, b = state_of(one, step), state_of(other, step)
+    assert_same([a["model"], a["optimizer"]], [b["model"], b["optimizer"]])

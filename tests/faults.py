@@ -29,8 +29,8 @@ from shlex import split
 from statistics import median
 
 import torch
-from conftest import RESTARTS, ROOT, TINY, TORCHRUN, words, workers
-from nodes import flaky_nodes, linked_nodes
+from conftest import ROOT, TINY, last_step, words
+from nodes import flaky_nodes, ip, linked_nodes
 
 import prepare
 import published
@@ -42,12 +42,13 @@ from published import load_model
 QUICK = [*TINY, *split("--data set --steps 1000000 --warmup 0 --dropout 0.1 --log_every 1")]
 QUICK += split("--eval_every 1000000 --save_every 1000000")
 ALONE = [sys.executable]
+TORCHRUN = [*ALONE, *split("-m torch.distributed.run --standalone --nproc_per_node=2")]
 
 
 def start(run: str, flags: str, launcher: list[str] = ALONE, until: int = 0, output=subprocess.PIPE):
     """Start to train, and wait until the log has step `until`."""
     command = [*launcher, str(ROOT / "train.py"), *QUICK, "--out", run, *split(flags)]
-    process = subprocess.Popen(command, env=RESTARTS, stdout=output, stderr=subprocess.STDOUT, encoding="utf-8")
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, encoding="utf-8")
     wait_for_step(process, run, until)
     return process
 
@@ -58,13 +59,6 @@ def finish(run: str, flags: str, launcher: list[str] = ALONE) -> dict:
     return newest(run)
 
 
-def last_step(run: str) -> int:
-    try:
-        return max(json.loads(row)["step"] for row in Path(run, "metrics.jsonl").read_text().split("\n")[:-1])
-    except (OSError, ValueError):
-        return 0
-
-
 def wait_for_step(process: subprocess.Popen, run: str, step: int) -> float:
     """Returns the seconds that it took."""
     began = time.monotonic()
@@ -73,7 +67,13 @@ def wait_for_step(process: subprocess.Popen, run: str, step: int) -> float:
     return time.monotonic() - began
 
 
-def newest(run: str) -> dict:
+def workers(torchrun: subprocess.Popen) -> list[int]:
+    """The process ids of the ranks that a torchrun has started."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def newest(run: str | Path) -> dict:
     with contextlib.redirect_stderr(io.StringIO()):
         return load_checkpoint(run)[0]
 
@@ -90,19 +90,88 @@ def same(a: dict, b: dict) -> bool:
 # ---- Each fault yields whether what followed was right, at least once each time
 
 
+def kill_often(n: int, run: str, flags: str, launcher: list[str], victim: Callable, lost: int) -> Iterator[bool]:
+    """Kill a process of a run that saves at each step, the one that `victim` names, and resume the run, n times."""
+    step, left = 0, 0
+    for i in range(n):
+        process = start(run, flags, launcher, until=step + 4)
+        os.kill(victim(process, i), signal.SIGKILL)
+        process.communicate()
+        for best in Path(run).glob("best.json"):
+            newest(best)  # raises ValueError if it is not whole
+        left += bool(strays(run))
+        step = newest(run)["step"]
+        yield step >= last_step(run) - lost
+    print(f"      {left} times files to remove")
+    stop = f"{flags} --stop_at {step + 1}"
+    yield same(finish(run, stop, launcher), finish(f"not-{run}", stop, launcher)) and not strays(run)
+
+
+def strays(run: str) -> list[Path]:
+    """Files of checkpoints that no JSON names."""
+    records = [json.loads(path.read_text()) for path in Path(run).glob("step-*.json")]
+    named = {part["file"] for record in records for part in record["parts"]}
+    return [path for path in Path(run).glob("step-*.pt*") if path.name not in named]
+
+
 def kills(n: int) -> Iterator[bool]:
     """kill -9 at random instants of a run that saves at each step, which is resumed: no checkpoint is lost, and the
     final bits are those of a run without"""
-    step = 0
-    for _ in range(n):
-        process = start("killed", "--resume --save_every 1", until=step + 2)
+
+    def soon(process: subprocess.Popen, i: int) -> int:
         time.sleep(random.uniform(0, 0.3))
-        process.kill()
+        return process.pid
+
+    return kill_often(n, "killed", "--resume --save_every 1", ALONE, soon, lost=2)  # one being written, one computed
+
+
+def killed_saves(n: int) -> Iterator[bool]:
+    """kill -9 of one of two ranks that share a model, in a save: the one before is whole, and what is left goes"""
+    flags = "--resume --shard 2 --save_every 1 --eval_every 2"
+    return kill_often(n, "parts", flags, TORCHRUN, lambda process, i: wait_for_save(process, "parts")[i % 2], lost=3)
+
+
+def wait_for_save(process: subprocess.Popen, run: str) -> list[int]:
+    """Wait until a checkpoint is being written. Returns the process ids of the ranks."""
+    ranks = workers(process)
+    while process.poll() is None and not any(Path(run).glob("*.partial")):
+        pass
+    return ranks
+
+
+def full_disks(n: int) -> Iterator[bool]:
+    """a disk that is full for one of two ranks that share a model: no checkpoint counts until it can write again"""
+    for i in range(n):
+        process = start(run := f"full{i}", "--shard 2 --save_every 5", TORCHRUN, until=12)
+        rank = workers(process)[1]  # not 0, which also writes the log
+        resource.prlimit(rank, resource.RLIMIT_FSIZE, (1000, -1))
+        wait_for_step(process, run, (step := last_step(run)) + 20)
+        yield 5 <= newest(run)["step"] <= step + 1
+        resource.prlimit(rank, resource.RLIMIT_FSIZE, (-1, -1))
+        wait_for_step(process, run, last_step(run) + 10)
+        yield newest(run)["step"] > step + 1
+        process.terminate()
         process.communicate()
-        step = newest("killed")["step"]
-        yield step >= last_step("killed") - 2  # one is being written, one being computed
-    stop = f"--stop_at {step + 1}"
-    yield same(finish("killed", f"--resume {stop}"), finish("not-killed", stop))
+        yield is_saved(run) and not strays(run)
+
+
+def old_parts(n: int) -> Iterator[bool]:
+    """one of two ranks stopped in a save, which ends when a later run has gone on: no part of it counts or stays"""
+    flags = "--resume --shard 2 --save_every 1"
+    for i in range(n):
+        process = start(run := f"old{i}", flags, TORCHRUN, until=5)
+        other, stopped = wait_for_save(process, run)
+        os.kill(stopped, signal.SIGSTOP)
+        for pid in (process.pid, other):
+            os.kill(pid, signal.SIGKILL)
+        stop_at = newest(run)["step"] + 5
+        state = finish(run, f"{flags} --stop_at {stop_at}", TORCHRUN)
+        for part, path in enumerate(Path(run).glob(f"step-{stop_at - 1:08d}*.pt"), 1):  # as if of the newest step
+            shutil.copy(path, f"{run}/step-{stop_at:08d}.{part}-of-2.0123abcd.pt")
+        os.kill(stopped, signal.SIGCONT)
+        process.communicate()  # which ends with the last that holds the pipe
+        yield state["step"] == stop_at and same(newest(run), state)
+        yield finish(run, f"{flags} --stop_at {stop_at + 1}", TORCHRUN)["step"] == stop_at + 1 and not strays(run)
 
 
 def resumes(n: int) -> Iterator[bool]:
@@ -177,13 +246,13 @@ def lost_nodes(n: int) -> Iterator[bool]:
             wait_for_step(staying, run, 40)
             for pid in (*workers(lost), lost.pid):
                 os.kill(pid, signal.SIGKILL)
-            other.ip("-n {name} link set link0 down")
+            ip(f"-n {other.name} link set link0 down")
             lost.wait()
             time.sleep(2)  # the steps that were being made
             alone.append(2 + wait_for_step(staying, run, last_step(run) + 1))
             yield n_ranks() == 1
 
-            other.ip("-n {name} link set link0 up")
+            ip(f"-n {other.name} link set link0 up")
             began = time.monotonic()
             returned = start(run, flags, launchers[1], output=output)
             while staying.poll() is None and returned.poll() is None and n_ranks() != 2:
@@ -206,72 +275,6 @@ def flaky_links(n: int) -> Iterator[bool]:
             for rank in ranks:
                 rank.communicate()
         yield [rank.returncode for rank in ranks] == [0, 0] and same(newest(f"far{i}"), near)
-
-
-def strays(run: str) -> list[Path]:
-    """Files of checkpoints that no JSON names."""
-    records = [json.loads(path.read_text()) for path in Path(run).glob("step-*.json")]
-    named = {part["file"] for record in records for part in record.get("parts", [record])}
-    return [path for path in Path(run).glob("step-*.pt*") if path.name not in named]
-
-
-def wait_for_save(process: subprocess.Popen, run: str) -> list[int]:
-    """Wait until a checkpoint is being written. Returns the process ids of the ranks."""
-    ranks = workers(process)
-    while process.poll() is None and not any(Path(run).glob("*.partial")):
-        pass
-    return ranks
-
-
-def killed_saves(n: int) -> Iterator[bool]:
-    """kill -9 of one of two ranks that share a model, in a save: the one before is whole, and what is left goes"""
-    flags, step, left = "--resume --shard 2 --save_every 1 --eval_every 2", 0, 0
-    for i in range(n):
-        process = start("parts", flags, TORCHRUN, until=step + 4)
-        os.kill(wait_for_save(process, "parts")[i % 2], signal.SIGKILL)
-        process.communicate()
-        newest("parts/best.json")  # raises ValueError if it is not whole
-        left += bool(strays("parts"))
-        step = newest("parts")["step"]
-        yield step >= last_step("parts") - 3
-    print(f"      {left} times files to remove")
-    parts, unkilled = (finish(run, f"{flags} --stop_at {step + 1}", TORCHRUN) for run in ("parts", "unkilled"))
-    yield same(parts, unkilled) and not strays("parts")
-
-
-def full_disks(n: int) -> Iterator[bool]:
-    """a disk that is full for one of two ranks that share a model: no checkpoint counts until it can write again"""
-    for i in range(n):
-        process = start(run := f"full{i}", "--shard 2 --save_every 5", TORCHRUN, until=12)
-        rank = workers(process)[1]  # not 0, which also writes the log
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (1000, -1))
-        wait_for_step(process, run, (step := last_step(run)) + 20)
-        yield 5 <= newest(run)["step"] <= step + 1
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (-1, -1))
-        wait_for_step(process, run, last_step(run) + 10)
-        yield newest(run)["step"] > step + 1
-        process.terminate()
-        process.communicate()
-        yield is_saved(run) and not strays(run)
-
-
-def old_parts(n: int) -> Iterator[bool]:
-    """one of two ranks stopped in a save, which ends when a later run has gone on: no part of it counts or stays"""
-    flags = "--resume --shard 2 --save_every 1"
-    for i in range(n):
-        process = start(run := f"old{i}", flags, TORCHRUN, until=5)
-        other, stopped = wait_for_save(process, run)
-        os.kill(stopped, signal.SIGSTOP)
-        for pid in (process.pid, other):
-            os.kill(pid, signal.SIGKILL)
-        stop_at = newest(run)["step"] + 5
-        state = finish(run, f"{flags} --stop_at {stop_at}", TORCHRUN)
-        for part, path in enumerate(Path(run).glob(f"step-{stop_at - 1:08d}*.pt"), 1):  # as if of the newest step
-            shutil.copy(path, f"{run}/step-{stop_at:08d}.{part}-of-2.0123abcd.pt")
-        os.kill(stopped, signal.SIGCONT)
-        process.communicate()  # which ends with the last that holds the pipe
-        yield state["step"] == stop_at and same(newest(run), state)
-        yield finish(run, f"{flags} --stop_at {stop_at + 1}", TORCHRUN)["step"] == stop_at + 1 and not strays(run)
 
 
 def prepares(n: int) -> Iterator[bool]:
@@ -320,30 +323,29 @@ def fuzz(n: int) -> Iterator[bool]:
     shutil.copy("fuzzed/config.json", "config.json")
     run, folder, data = partial(load_model, "fuzzed"), partial(load_model, "published"), partial(load_dataset, "set")
     readers = [  # a file, what reads it, and the file that holds its SHA-256
-        ("fuzzed/step-00000001.pt", run, "fuzzed/step-00000001.json"), ("fuzzed/step-00000001.json", run, None),
-        ("set/train-00000.npy", data, "set/meta.json"), ("set/meta.json", data, None),
-        ("config.json", lambda: train.build_config(train.read_settings("config.json")), None),
-        *((f"published/{name}", folder, None) for name in ("config.json", "model.safetensors", "tokenizer.json")),
+        ("fuzzed/step-00000001.pt", run, "fuzzed/step-00000001.json"),
+        ("set/train-00000.npy", data, "set/meta.json"),
+        ("fuzzed/step-00000001.json", run, os.devnull), ("set/meta.json", data, os.devnull),
+        ("config.json", lambda: train.build_config(train.read_settings("config.json")), os.devnull),
+        *((f"published/{name}", folder, os.devnull) for name in ("config.json", "model.safetensors", "tokenizer.json")),
     ]
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     accepted = 0
-    for name, read, record in readers:
-        path, whole, signed = Path(name), Path(name).read_bytes(), record and Path(record).read_text()
+    for path, read, record in ((Path(name), read, Path(record)) for name, read, record in readers):
+        whole, signed = path.read_bytes(), record.read_text()
         for mutant in mutants(whole, -(-n // len(readers))):
             path.write_bytes(mutant)
-            if record:
-                digest = f'"{hashlib.sha256(mutant).hexdigest()}"'
-                Path(record).write_text(re.sub('"[0-9a-f]{64}"', digest, signed, count=1))
-            problem = None
+            digest = f'"{hashlib.sha256(mutant).hexdigest()}"'
+            record.write_text(re.sub('"[0-9a-f]{64}"', digest, signed, count=1))
+            right = True
             try:
                 accepted += not refused(read)
             except BaseException as error:  # noqa: BLE001
-                problem = f"      {path}: {type(error).__name__}: {str(error)[:200]}"
-                print(problem)
-            yield problem is None
+                print(f"      {path}: {type(error).__name__}: {str(error)[:200]}")
+                right = False
+            yield right
         path.write_bytes(whole)
-        if record:
-            Path(record).write_text(signed)
+        record.write_text(signed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"      {accepted} harmless, at most {peak:.1f} GB of memory")
 
@@ -354,25 +356,24 @@ FAULTS = {
     "save": (killed_saves, 10), "full": (full_disks, 3), "old": (old_parts, 3),
     "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
 }
-NODES = {"node", "link"}
+ROOT_ONLY = {"node", "link"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (cause, n) in FAULTS.items():
-        needs = "; needs root and iproute2" if name in NODES else ""
+        needs = "; needs root and iproute2" if name in ROOT_ONLY else ""
         what = cause.__doc__.split(":")[0]
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} ({n} times{needs})")
     asked = {name: n for name, n in vars(parser.parse_args()).items() if n is not None}
     bad = 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         random.seed(1)
         Path("text.txt").write_text(words(3000))
         with contextlib.redirect_stderr(io.StringIO()):
             prepare.prepare(["text.txt"], "set", "byte", 0.1)
         for name, n in (asked or {name: n for name, (_, n) in FAULTS.items()}).items():
-            if name in NODES and (os.geteuid() or not shutil.which("ip")):
+            if name in ROOT_ONLY and (os.geteuid() or not shutil.which("ip")):
                 print(f"--{name} needs root and iproute2: left out")
                 continue
             cause = FAULTS[name][0]
@@ -380,7 +381,6 @@ def main() -> None:
             told = " ".join(cause.__doc__.split())
             print(f"{'WRONG' if wrong else 'ok   '} {n} x {told}. Otherwise: {wrong}", flush=True)
             bad += bool(wrong)
-        os.chdir(ROOT)
     sys.exit(bad)
 
 

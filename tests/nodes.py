@@ -2,7 +2,6 @@
 packets. They need Linux, root and iproute2."""
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import random
@@ -15,7 +14,11 @@ from collections import deque
 from collections.abc import Iterator
 from threading import Event, Thread
 
-CLONE_NEWNET, TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x40000000, 0x400454CA, 0x0001, 0x1000
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True)
 
 
 class Node:
@@ -24,12 +27,9 @@ class Node:
     def __init__(self, i: int):
         self.name, self.i = f"node{i}", i
 
-    def ip(self, command: str) -> None:
-        subprocess.run(["ip", *command.format(name=self.name, n=self.i + 1).split()], check=True)
-
     def connect(self) -> None:
-        for command in ("addr add 10.99.0.{n}/24 dev link0", "link set link0 up", "link set lo up"):
-            self.ip("-n {name} " + command)
+        for command in (f"addr add 10.99.0.{self.i + 1}/24 dev link0", "link set link0 up", "link set lo up"):
+            ip(f"-n {self.name} {command}")
 
     def torchrun(self, nnodes: str, *flags: str) -> list[str]:
         """The beginning of a command that starts one process here."""
@@ -45,19 +45,19 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     nodes = Node(0), Node(1)
     with contextlib.ExitStack() as created:
         for node in nodes:
-            node.ip("netns add {name}")
-            created.callback(node.ip, "netns del {name}")
+            ip(f"netns add {node.name}")
+            created.callback(ip, f"netns del {node.name}")
         yield nodes
 
 
 @contextlib.contextmanager
 def linked_nodes(bits_per_second: float) -> Iterator[tuple[Node, Node]]:
     with two_nodes() as nodes:
-        nodes[0].ip("link add link0 netns node0 type veth peer name link0 netns node1")
+        ip("link add link0 netns node0 type veth peer name link0 netns node1")
         for node in nodes:
             node.connect()
             limit = f"rate {bits_per_second:.0f}bit burst 256kb latency 50ms"
-            node.ip("netns exec {name} tc qdisc add dev link0 root tbf " + limit)
+            ip(f"netns exec {node.name} tc qdisc add dev link0 root tbf {limit}")
         yield nodes
 
 
@@ -69,8 +69,6 @@ def flaky_nodes(delay: float, loss: float) -> Iterator[tuple[Node, Node]]:
         carrier = Thread(target=carry, args=(tunnels, delay, loss, stop))
         carrier.start()
         try:
-            for node in nodes:
-                node.connect()
             yield nodes
         finally:
             stop.set()
@@ -81,19 +79,11 @@ def flaky_nodes(delay: float, loss: float) -> Iterator[tuple[Node, Node]]:
 
 def tunnel(node: Node) -> int:
     """Create link0 in a node as a device whose packets this process reads and writes."""
-    opened = []
-
-    def enter_and_open() -> None:  # in a thread of its own, which alone moves into the namespace
-        with open(f"/var/run/netns/{node.name}") as namespace:
-            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
-        opened.append(os.open("/dev/net/tun", os.O_RDWR))
-        fcntl.ioctl(opened[0], TUNSETIFF, struct.pack("16sH14x", b"link0", IFF_TUN | IFF_NO_PI))
-
-    thread = Thread(target=enter_and_open)
-    thread.start()
-    thread.join()
-    return opened[0]
+    end = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(end, TUNSETIFF, struct.pack("16sH14x", node.name.encode(), IFF_TUN | IFF_NO_PI))
+    ip(f"link set {node.name} netns {node.name} name link0")
+    node.connect()
+    return end
 
 
 def carry(tunnels: list[int], delay: float, loss: float, stop: Event) -> None:

@@ -59,34 +59,14 @@ def test_each_switch_is_set_in_some_kind():
 
 
 @every_kind
-def test_a_later_token_changes_no_earlier_logit(kind):
-    model, tokens = make(kind), random_tokens(1, 24)
-    before = model(tokens)
-    tokens[0, 15] += 1
-    after = model(tokens)
-    torch.testing.assert_close(before[:, :15], after[:, :15], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(before[:, 15], after[:, 15], atol=1e-2)
-
-
-@every_kind
-def test_cached_logits_equal_uncached_ones(kind):
+def test_cached_logits_equal_uncached_ones_up_to_the_last_position(kind):
+    """So no token changes an earlier logit: the cache holds none of those that follow."""
     model, tokens = make(kind), random_tokens(2, 24)
     cache = KVCache(model.config, 2)
     parts = [model(part, cache=cache) for part in tokens.split([10, 1, 1, 5, 7], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), atol=1e-4, rtol=1e-4)
-
-
-def test_only_the_last_logits_are_those_of_the_last_token():
-    model, tokens = make("today"), random_tokens(2, 24)
-    torch.testing.assert_close(model(tokens, only_last=True), model(tokens)[:, -1:], atol=1e-5, rtol=1e-5)
-
-
-@every_kind
-def test_a_sequence_beyond_the_positions_is_refused(kind):
-    model, tokens = make(kind), random_tokens(1, 20)
-    cache = KVCache(model.config, 1)
-    model(tokens, cache=cache)
-    for refuse in (lambda: model(random_tokens(1, 25)), lambda: model(tokens[:, :5], cache=cache)):
+    torch.testing.assert_close(model(tokens, only_last=True), parts[-1][:, -1:], atol=1e-4, rtol=1e-4)
+    for refuse in (lambda: model(random_tokens(1, 25)), lambda: model(tokens[:, :1], cache=cache)):
         with pytest.raises(ValueError, match="25 tokens is longer than seq_len 24"):
             refuse()
 
@@ -94,9 +74,9 @@ def test_a_sequence_beyond_the_positions_is_refused(kind):
 @every_kind
 def test_greedy_text_is_the_same_without_a_cache_and_beyond_the_context(kind):
     model, tokens = make(kind), random_tokens(1, 10)
-    cached = [ids.item() for ids in islice(generate(model, tokens, temperature=0), 60)]
+    cached = [ids.item() for ids in islice(generate(model, tokens, temperature=0), 40)]
     window, uncached = tokens, []
-    for _ in range(60):
+    for _ in range(40):
         if window.size(1) > 24:
             window = window[:, -12:]
         uncached.append(model(window)[0, -1].argmax().item())
@@ -120,18 +100,14 @@ def test_int8_weights_compute_nearly_the_same_for_a_prompt_and_for_single_tokens
 
 
 @every_kind
-def test_the_first_loss_is_that_of_a_uniform_guess(kind):
+def test_a_new_model_guesses_uniformly_and_each_of_its_blocks_is_the_identity(kind):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**KINDS[kind], "vocab_size": 1000}))
+    model = GPT(GPTConfig(**{**KINDS[kind], "vocab_size": 1000})).eval()
     tokens, targets = torch.randint(1000, (2, 8, 24))
     assert abs(model(tokens, targets).item() - math.log(1000)) < 0.1
-
-
-@every_kind
-def test_each_block_begins_as_the_identity(kind):
-    model = GPT(GPTConfig(**KINDS[kind])).eval()
-    x = torch.randn(1, 24, 32)
-    assert torch.equal(model.blocks[0](x, rotary_angles(torch.arange(24)[None], model.config), None, None), x)
+    x, angles = torch.randn(1, 24, 32), rotary_angles(torch.arange(24)[None], model.config)
+    for block in model.blocks:
+        assert torch.equal(block(x, angles, None, None), x)
 
 
 @every_kind
@@ -256,30 +232,15 @@ def test_experts_equal_the_sum_over_all_experts_with_the_gates_of_the_unchosen_a
     torch.testing.assert_close(experts.router_loss, losses)
 
 
-def test_the_work_of_experts_grows_with_the_visited_ones_only():
-    experts, seen = models.Experts(GPTConfig(n_embd=16, n_inner=8, n_expert=16, n_expert_active=2)), []
+def test_the_work_of_experts_grows_with_the_visited_ones_only_and_all_have_gradients():
+    """The unvisited ones of zero: data parallelism waits for every parameter's gradient."""
+    experts, seen = models.Experts(GPTConfig(n_embd=16, n_inner=8, n_expert=64, n_expert_active=2)), []
     for expert in experts.experts:
         expert.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    experts(torch.randn(2, 50, 16))
-    assert sum(seen) == 2 * 50 * 2  # every visit is served, none twice
-    torch.testing.assert_close(experts.load, torch.tensor(seen) / 200)
-
-
-def test_an_expert_that_no_token_visits_has_a_gradient_of_zero():
-    """Data parallelism waits for every parameter's gradient."""
-    experts = models.Experts(GPTConfig(n_embd=16, n_inner=8, n_expert=64, n_expert_active=1))
-    experts(torch.randn(1, 3, 16)).sum().backward()
+    experts(torch.randn(2, 10, 16)).sum().backward()
+    assert sum(seen) == 2 * 10 * 2 and 0 in seen  # every visit is served, none twice
+    torch.testing.assert_close(experts.load, torch.tensor(seen) / 40)
     assert all(p.grad is not None for p in experts.experts.parameters())
-
-
-def test_the_balance_loss_is_least_for_an_even_load():
-    shape = dict(n_embd=4, n_head=1, n_inner=8, n_expert=4, n_expert_active=1)
-    experts, losses = models.Experts(GPTConfig(**shape, balance_loss=1.0, router_z_loss=0.0)), []
-    for router in (torch.eye(4), torch.eye(4)[:1].expand(4, 4) + torch.arange(4)[:, None]):
-        experts.router.weight.data = 5.0 * router
-        experts(torch.eye(4)[None])
-        losses.append(experts.router_loss.item())
-    assert losses[0] == pytest.approx(1.0) and losses[1] > 2.0
 
 
 def test_only_the_training_loss_holds_the_routers_losses():
@@ -289,41 +250,6 @@ def test_only_the_training_loss_holds_the_routers_losses():
     model.train()
     routers = sum(layer.router_loss for layer in model.expert_layers())
     torch.testing.assert_close(model(tokens, tokens), plain + routers)
-
-
-def test_a_block_of_today_computes_its_equations():
-    """Attention and MLP written out head by head from the published formulas."""
-    model, T = make("today"), 24
-    block = model.blocks[0]
-    x = torch.randn(1, T, 32)
-
-    def rms(x, norm):
-        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
-
-    def turned(x):
-        out = x.clone()
-        for t in range(T):
-            for i in range(4):
-                a = t / 10_000 ** (2 * i / 8)
-                out[t, i] = x[t, i] * math.cos(a) - x[t, i + 4] * math.sin(a)
-                out[t, i + 4] = x[t, i + 4] * math.cos(a) + x[t, i] * math.sin(a)
-        return out
-
-    h = rms(x[0], block.attention_norm)
-    heads = []
-    for head in range(4):
-        rows, kv_rows = slice(8 * head, 8 * head + 8), slice(8 * (head // 2), 8 * (head // 2) + 8)
-        q = turned(rms(h @ block.attention.query.weight[rows].T, block.attention.query_norm))
-        k = turned(rms(h @ block.attention.key.weight[kv_rows].T, block.attention.key_norm))
-        v = h @ block.attention.value.weight[kv_rows].T
-        scores = (q @ k.T / math.sqrt(8)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-        heads.append(scores.softmax(-1) @ v)
-    expected = x[0] + torch.cat(heads, dim=1) @ block.attention.out.weight.T
-    h = rms(expected, block.mlp_norm)
-    gate = h @ block.mlp.gate.weight.T
-    expected = expected + (gate * torch.sigmoid(gate) * (h @ block.mlp.up.weight.T)) @ block.mlp.down.weight.T
-    actual = block(x, rotary_angles(torch.arange(T)[None], model.config), None, None)[0]
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_ngram_embeddings_tell_the_last_three_tokens_and_nothing_else():
@@ -379,19 +305,3 @@ def test_top_k_and_top_p_keep_just_the_likeliest_of_each_row(temperature, limit,
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0], [4.0, 9.0, 8.9, 8.8]]).repeat(5000, 1)
     drawn = sample_next(logits, temperature, **limit, generator=torch.Generator().manual_seed(0)).tolist()
     assert (set(drawn[::2]), set(drawn[1::2])) == (possible, possible_of_another_row)
-
-
-def test_ids_of_a_padded_vocabulary_are_never_drawn():
-    model = make("today")
-    drawn = islice(generate(model, random_tokens(1, 4), n_vocab=5, temperature=5.0), 200)
-    assert {ids.item() for ids in drawn} == {0, 1, 2, 3, 4}
-
-
-@pytest.mark.parametrize("wrong, named", [
-    ({"n_embd": 30, "n_head": 4}, "n_embd 30"), ({"n_head": 4, "n_kv_head": 3}, "n_kv_head 3"),
-    ({"n_embd": 12, "n_head": 4}, "head_dim 3"), ({"n_layer": 0}, "n_layer 0"),
-    ({"n_expert": 4, "n_expert_active": 5}, "n_expert_active 5"), ({"dropout": 1.0}, "dropout 1.0"),
-])
-def test_sizes_that_do_not_fit_are_named(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        GPTConfig(**wrong)

@@ -1,25 +1,23 @@
 """train.py in several processes: two compute what one computes, and no fault of one of them goes unnoticed."""
 
-import contextlib
 import fcntl
 import os
 import signal
-import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import split
 from textwrap import dedent
 
 import pytest
 import torch
-from conftest import RESTARTS, ROOT, TINY, TINY_FLOPS, TORCHRUN, Ranks, assert_same, assert_same_states, kill, rows
-from conftest import state_of, wait_for_step, words, workers
+from conftest import TINY, TINY_FLOPS, Ranks, assert_same, assert_same_states, kill, rows, state_of, wait_for_step
+from conftest import words
 
 import prepare
 import train
 from checkpoint import load_checkpoint
 
+TORCHRUN = Path(torch.distributed.__file__).with_name("run.py")
 SMALL = [*TINY, "--log_every", "1", "--eval_every", "100", "--dropout", "0.1"]
 
 
@@ -43,41 +41,34 @@ ON_RANK_1 = """
 
 @pytest.fixture(scope="module", autouse=True)
 def slow_faults(data, tmp_path_factory):
-    """Faults that take long because of waiting, caused while the other tests run."""
-    folder = tmp_path_factory.mktemp
-    with ThreadPoolExecutor() as pool:
-        stalls = {shard: pool.submit(stall_rank, data, folder("stall"), shard) for shard in (1, 2)}
-        yield {"kill": pool.submit(kill_rank, data, folder("kill")), **stalls}
+    """Faults that take long because of waiting, caused while the other tests run. Rank 1 of two stops for good within
+    a step, where the model is whole or sharded; under torchrun it is killed, once, in a run of 30 steps. Returns the
+    folder and the processes of each."""
+    faults, flags = {}, [*SMALL, "--data", data, "--steps", 30, "--save_every", 5, "--out", "r", "--resume"]
+    for shard in (1, 2):
+        folder = tmp_path_factory.mktemp("stall")
+        script = changed(folder, ON_RANK_1.format(calls=[5], fault="os.kill(os.getpid(), signal.SIGSTOP)"))
+        faults[shard] = folder, Ranks(folder, *flags, "--timeout", 2, "--shard", shard, script=script, n=2)
+    folder = tmp_path_factory.mktemp("kill")
+    die = 'os.path.exists("killed") or os.mkdir("killed") or os.kill(os.getpid(), signal.SIGKILL)'
+    script = changed(folder, ON_RANK_1.format(calls=[13], fault=die))
+    launcher = split("--standalone --nproc_per_node=2 --max-restarts=2 --run-path --start-method=fork")
+    faults["kill"] = folder, Ranks(folder, *launcher, script, *flags, script=TORCHRUN)
+    yield faults
+    for _, ranks in faults.values():
+        kill(ranks.processes)
 
 
-def kill_rank(data: Path, folder: Path) -> tuple[Path, str]:
-    """Kill one of two ranks under torchrun in a run of 30 steps, beside a run without a fault. Returns the folder of
-    both, and what torchrun printed."""
-    flags = [*SMALL, "--data", data, "--steps", 30, "--save_every", 5]
-    straight = Ranks(folder, *flags, "--out", "straight", n=2)
-    command = map(str, [*TORCHRUN, "--max-restarts=2", ROOT / "train.py", *flags, "--out", "r", "--resume"])
-    how = {"cwd": folder, "env": RESTARTS, "start_new_session": True, "encoding": "utf-8"}
-    process = subprocess.Popen([*command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
-    try:
-        wait_for_step(folder / "r", 12)
-        os.kill(workers(process)[1], signal.SIGKILL)
-        printed = process.communicate(timeout=60)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    straight.finish()
-    assert process.returncode == 0, printed
-    return folder, printed
+@pytest.fixture
+def start(data, tmp_path):
+    """start("--steps 9", 3) trains in 3 processes, perhaps with a change of train.py; start("--out r --resume") goes on
+    in two."""
 
+    def start_small(flags: str, n: int = 2, change: str | None = None) -> Ranks:
+        new = [] if "--resume" in flags else [*SMALL, "--data", data, "--out", "r"]
+        return Ranks(tmp_path, *new, *split(flags), script=change and changed(tmp_path, change), n=n)
 
-def stall_rank(data: Path, folder: Path, shard: int) -> str:
-    """Stop rank 1 of two for good, within a step. Returns what rank 0 has printed by its end."""
-    script = changed(folder, ON_RANK_1.format(calls=[5], fault="os.kill(os.getpid(), signal.SIGSTOP)"))
-    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 10**6, "--timeout", 2, "--shard", shard]
-    ranks = Ranks(folder, *flags, script=script, n=2)
-    ranks.processes[0].join(60)
-    kill(ranks.processes)
-    return ranks.finish(status=None).stderr
+    return start_small
 
 
 def assert_close(one: Path, other: Path, step: int, tolerance: float) -> None:
@@ -92,33 +83,33 @@ def assert_close(one: Path, other: Path, step: int, tolerance: float) -> None:
     assert len(rows(one, "loss")) == step
 
 
-def test_a_run_that_moves_between_one_process_ddp_and_fsdp_continues_as_if_it_had_stayed(call, data, tmp_path):
+def test_a_run_that_moves_between_one_process_ddp_and_fsdp_continues_as_if_it_had_stayed(call, data, start, tmp_path):
     """With experts, dropout and a tied head."""
     flags = [*SMALL, "--data", data, *split("--steps 8 --lr 1e-3 --batch_tokens 256 --n_expert 4 --n_inner 32 --tied")]
     call(train, *flags, "--out", "moved", "--stop_at", 2)
-    ranks = Ranks(tmp_path, "--out", "moved", "--resume", "--stop_at", 4, n=2)
+    ranks = start("--out moved --resume --stop_at 4")
     call(train, *flags, "--out", "stayed")
     ranks.finish()
-    Ranks(tmp_path, "--out", "moved", "--resume", "--stop_at", 6, "--shard", 2, n=2).finish()
+    start("--out moved --resume --stop_at 6 --shard 2").finish()
     call(train, "--out", "moved", "--resume", "--shard", 1)
     assert_close(tmp_path / "stayed", tmp_path / "moved", 8, 1e-5)
 
 
 @pytest.mark.parametrize("n, shard, n_inner", [(4, 2, 33), (3, 3, 4)])
-def test_groups_of_shards_compute_what_one_process_computes(call, data, tmp_path, n, shard, n_inner):
+def test_groups_of_shards_compute_what_one_process_computes(call, data, start, tmp_path, n, shard, n_inner):
     """HSDP: two copies of the model, each sharded over two processes, which hold unequal parts; or one copy, of which
     the last process holds no row of some matrices. They also recompute activations."""
-    flags = [*SMALL, "--data", data, *split(f"--steps 3 --lr 1e-3 --batch_tokens {64 * n} --n_layer 1 --dropout 0")]
-    flags += split(f"--n_expert 3 --n_inner {n_inner} --balance_loss 0")
-    ranks = Ranks(tmp_path, *flags, "--out", "many", "--shard", shard, "--recompute", n=n)
-    call(train, *flags, "--out", "one", "--micro_batch", 4 * n)
+    flags = f"--steps 3 --lr 1e-3 --batch_tokens {64 * n} --n_layer 1 --dropout 0 --n_expert 3 --n_inner {n_inner}"
+    flags += " --balance_loss 0 --out "
+    ranks = start(f"{flags} many --shard {shard} --recompute", n)
+    call(train, *SMALL, "--data", data, *split(flags), "one", "--micro_batch", 4 * n)
     ranks.finish()
     assert_close(tmp_path / "one", tmp_path / "many", 3, 1e-5)
     loads = rows(tmp_path / "many", "expert_load")
     assert loads == {step: [pytest.approx(load)] for step, (load,) in rows(tmp_path / "one", "expert_load").items()}
 
 
-def test_a_sharded_run_holds_the_whole_model_on_no_rank_and_knows_the_peak_of_two(data, tmp_path):
+def test_a_sharded_run_holds_the_whole_model_on_no_rank_and_knows_the_peak_of_two(start, tmp_path):
     """In bfloat16. forked.py says that each rank makes 1024^3 products and sums in 0.01 s."""
     change = """
         draw = train.initial_rows
@@ -127,8 +118,7 @@ def test_a_sharded_run_holds_the_whole_model_on_no_rank_and_knows_the_peak_of_tw
             return draw(config, name, shape, rows, seed)
         train.initial_rows = told
     """
-    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 2, "--shard", 2, "--dtype", "bfloat16"]
-    printed = Ranks(tmp_path, *flags, n=2, script=changed(tmp_path, change)).finish().printed
+    printed = start("--steps 2 --shard 2 --dtype bfloat16", change=change).finish().printed
     assert "rank 0 draws range(0, 130) of head.weight" in printed and "rank 1 draws range(130, 259) of head" in printed
     assert printed.count(" draws ") == 2 * len(state_of(tmp_path / "r", 2)["model"]) and "a sample:" not in printed
     speeds, seconds = (rows(tmp_path / "r", key) for key in ("tokens_per_second", "seconds"))
@@ -138,71 +128,56 @@ def test_a_sharded_run_holds_the_whole_model_on_no_rank_and_knows_the_peak_of_tw
 
 
 RESAVE = """
-    import checkpoint
+    import checkpoint, torch
     checkpoint.Tensors.__getitem__ = None  # no rank joins the parts of a tensor
-    def resave(given, resume):
-        config, step, state = train.open_run(given, resume)
-        config, meta, *_ = train.open_data(config)
-        config, machine = train.choose_machine(config)
-        model = train.build_model(config, machine, train.first_weights(config, meta, step, state))
-        optimizers = train.make_optimizers(model, config)
-        train.restore_optimizers(model, optimizers, state)
-        config = config.changed(out=str(int(config.out) + 1))
-        os.makedirs(config.out, exist_ok=True)
-        log = train.Log(config, machine, model, step, 0.0)
-        saver = train.Saver(config, meta, model, optimizers, log, train.Verification(config.data, meta))
-        saver.save(step)
-        assert saver.wait() is None
-    train.train = resave
+    train.Muon.step = torch.optim.AdamW.step = lambda self: None  # a step changes nothing
 """
 
 
 @pytest.mark.parametrize("settings", ["", "--tied --n_layer 1 --n_expert 3 --n_inner 20 --optimizer adamw"])
-def test_any_number_of_ranks_loads_what_any_other_has_saved(call, data, tmp_path, settings):
+def test_any_number_of_ranks_loads_what_any_other_has_saved(call, data, start, tmp_path, settings):
     """Bit for bit: of one process, 3 shards, 2 copies of 2 shards each, and again of one. The newest checkpoint of the
     3 shards has a damaged part, which one rank finds and all skip."""
-    flags = [*SMALL, "--data", data, *split(settings)]
-    call(train, *flags, *split("--steps 2 --batch_tokens 768 --out 0"))
-    script, folder = changed(tmp_path, RESAVE), tmp_path / "1"
-    for number, (n, shard) in enumerate([(3, 3), (4, 2), (1, 1)]):
-        given = ["--out", number, "--resume", "--steps", 9, "--shard", shard]
-        printed = Ranks(tmp_path, *given, script=script, n=n).finish().printed
-        assert printed.count("damaged: 1/step-00000003.json (step-00000003.2-of-3") == (number == 1)
-        if number == 0:
-            assert len(parts := list(folder.glob("step-00000002.?-of-3.*.pt"))) == 3
-            record = (folder / "step-00000002.json").read_text()
-            (folder / "step-00000003.json").write_text(record.replace("00000002", "00000003"))
-            for part in parts:
-                cut = part.read_bytes()[: -1 if "2-of" in part.name else None]
-                (folder / part.name.replace("00000002", "00000003")).write_bytes(cut)
-    assert_same_states(tmp_path / "0", tmp_path / "3", 2)
-    assert_same(state_of(tmp_path / "0", 2)["model"], state_of(tmp_path / "1", 2)["model"])
+    flags = f"{settings} --steps 9 --stop_at 2 --batch_tokens 768 --eval_tokens 16 --keep 9 --out r"
+    call(train, *SMALL, "--data", data, *split(flags))
+    for step, n, shard in (3, 3, 3), (4, 4, 2), (5, 1, 1):
+        printed = start(f"--out r --resume --stop_at {step} --shard {shard}", n, RESAVE).finish().printed
+        assert printed.count("damaged: r/step-00000004.json (step-00000004.2-of-3") == (step == 4)
+        if step == 3:
+            saved = sorted((tmp_path / "r").glob("step-00000003.*"))
+            assert len(saved) == 4
+            for path in saved:  # the JSON and three parts
+                content = path.read_bytes().replace(b"step-00000003", b"step-00000004")
+                cut = content[: -1 if "2-of" in path.name else None]
+                path.with_name(path.name.replace("00000003", "00000004")).write_bytes(cut)
+    states = [state_of(tmp_path / "r", step) for step in (2, 3, 5)]
+    assert_same(states[0]["model"], states[1]["model"])
+    assert_same([states[0]["model"], states[0]["optimizer"]], [states[2]["model"], states[2]["optimizer"]])
 
 
-def test_a_part_that_one_rank_cannot_write_takes_its_checkpoint_with_it_and_no_other(data, tmp_path):
+def test_a_part_that_one_rank_cannot_write_takes_its_checkpoint_with_it_and_no_other(start, tmp_path):
     """Of two parts in each checkpoint; a start of the run marks its parts, so that no other start can replace them."""
     change = """
         import checkpoint
         write_part = checkpoint.write_part
         def full(run, step, state, part, *more):
-            if (step, part) == (2, 1):
+            if (step, part) in ((2, 1), (3, 0)):
                 raise OSError("no space")
             return write_part(run, step, state, part, *more)
         checkpoint.write_part = full
     """
-    flags = [*SMALL, "--data", data, "--out", "r", "--steps", 4, "--save_every", 1, "--keep", 9, "--shard", 2]
-    ranks = Ranks(tmp_path, *flags, "--stop_at", 3, script=changed(tmp_path, change), n=2)
-    assert ranks.finish().stdout.count("cannot save in r (no space); trying again") == 1
-    assert not [*tmp_path.glob("r/step-00000002*")]
-    Ranks(tmp_path, "--out", "r", "--resume", n=2).finish()
+    ranks = start("--steps 5 --save_every 1 --keep 9 --shard 2 --stop_at 4", change=change)
+    assert ranks.finish().stdout.count("cannot save in r (no space); trying again") == 2
+    assert not [*tmp_path.glob("r/step-0000000[23]*")]
+    start("--out r --resume").finish()
     parts = [path.name.split(".") for path in tmp_path.glob("r/*.pt")]
-    assert sorted(name[:2] for name in parts) == [[f"step-0000000{n}", f"{k}-of-2"] for n in (1, 3, 4) for k in (1, 2)]
-    assert len({mark for name, _, mark, _ in parts if name != "step-00000004"}) == 1
+    assert sorted(name[:2] for name in parts) == [[f"step-0000000{n}", f"{k}-of-2"] for n in (1, 4, 5) for k in (1, 2)]
+    assert len({mark for name, _, mark, _ in parts if name != "step-00000005"}) == 1
     assert len({mark for _, _, mark, _ in parts}) == 2
 
 
-def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):
-    ranks = Ranks(tmp_path, *SMALL, "--data", data, "--out", "r", "--steps", 10**6, n=2)
+def test_a_signal_to_one_rank_saves_the_same_step_on_all(start, tmp_path):
+    ranks = start(f"--steps {10**6}")
     wait_for_step(tmp_path / "r", 5)
     for number in (signal.SIGUSR1, signal.SIGTERM):  # torchrun passes on what a terminal has sent to each rank
         os.kill(ranks.pid(1), number)
@@ -212,7 +187,7 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(data, tmp_path):
     assert load_checkpoint(tmp_path / "r")[0]["step"] == step
 
 
-def test_a_process_that_computes_for_ever_answers_a_signal_and_ends_with_the_second(data, tmp_path):
+def test_a_process_that_computes_for_ever_answers_a_signal_and_ends_with_the_second(start, tmp_path):
     """It waits in C, in a lock that it holds itself, so that Python cannot run a signal's function."""
     change = """
         import ctypes
@@ -223,7 +198,7 @@ def test_a_process_that_computes_for_ever_answers_a_signal_and_ends_with_the_sec
                 ctypes.CDLL(None).pthread_mutex_lock(lock)
         train.Tensor.backward = backward
     """
-    process = Ranks(tmp_path, *SMALL, "--data", data, "--out", "r", script=changed(tmp_path, change))
+    process = start("", 1, change)
     told = process.outputs[0][0]
     for happened in (lambda: (tmp_path / "waits").exists(), lambda: "stopping and saving" in told.read_text()):
         while not happened() and process.processes[0].is_alive():
@@ -262,11 +237,10 @@ def test_ranks_that_cannot_train_say_so_once_and_end(call, data, tmp_path, n, fl
 
 
 @pytest.mark.parametrize("allowed, calls", [(0, [10]), (2, [10, 15])])
-def test_a_step_with_nan_on_one_rank_is_made_on_none(data, tmp_path, allowed, calls):
+def test_a_step_with_nan_on_one_rank_is_made_on_none(start, tmp_path, allowed, calls):
     """The micro-batch with NaN is the second of its step, of four: two on each rank."""
-    script = changed(tmp_path, ON_RANK_1.format(calls=calls, fault="out = out * float('nan')"))
-    flags = [*SMALL, "--data", data, "--batch_tokens", 256, "--out", "r", "--steps", 9, "--save_every", 1, "--keep", 9]
-    ranks = Ranks(tmp_path, *flags, "--skip_bad_steps", allowed, script=script, n=2)
+    flags = f"--batch_tokens 256 --steps 9 --save_every 1 --keep 9 --skip_bad_steps {allowed}"
+    ranks = start(flags, change=ON_RANK_1.format(calls=calls, fault="out = out * float('nan')"))
     printed = ranks.finish(status=0 if allowed else 2).printed
     assert "step 5: the gradient norm is nan, the loss is not finite on ranks [1]" in printed
     newest = load_checkpoint(tmp_path / "r")[0]
@@ -278,7 +252,7 @@ def test_a_step_with_nan_on_one_rank_is_made_on_none(data, tmp_path, allowed, ca
         assert newest["step"] == 4
 
 
-def test_ranks_whose_torchrun_is_killed_save_and_end(data, tmp_path):
+def test_ranks_whose_torchrun_is_killed_save_and_end(start, tmp_path):
     """A process in place of torchrun starts the rank and is killed, or else the rank would make 300 steps."""
     change = """
         if os.fork():
@@ -287,8 +261,7 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(data, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         os.environ["TORCHELASTIC_RUN_ID"] = "1"
     """
-    flags = [*TINY, "--data", data, "--out", "r", "--steps", 300, "--save_every", 10**6, "--eval_every", 10**6]
-    Ranks(tmp_path, *flags, script=changed(tmp_path, change)).finish(-signal.SIGKILL)
+    start(f"--steps 300 --save_every {10**6}", 1, change).finish(-signal.SIGKILL)
     with open(tmp_path / "r" / ".lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)  # waits for the rank
     assert load_checkpoint(tmp_path / "r")[0]["step"] < 300
@@ -296,11 +269,15 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(data, tmp_path):
 
 @pytest.mark.parametrize("shard", [1, 2])
 def test_a_stalled_rank_is_named_within_the_timeout(slow_faults, shard):
-    assert "rank 1 of 2 does not answer" in slow_faults[shard].result()
+    _, ranks = slow_faults[shard]
+    ranks.processes[0].join(60)
+    kill(ranks.processes)
+    assert "rank 1 of 2 does not answer" in ranks.finish(status=None).stderr
 
 
-def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_happened(slow_faults):
-    folder, printed = slow_faults["kill"].result()
-    assert "resuming r/step-" in printed
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_happened(slow_faults, data):
+    folder, launcher = slow_faults["kill"]
+    Ranks(folder, *SMALL, "--data", data, "--steps", 30, "--out", "straight", n=2).finish()
+    assert "resuming r/step-" in launcher.finish().printed and (folder / "killed").exists()
     assert_same_states(folder / "straight", folder / "r", 30)
     assert rows(folder / "r", "loss") == rows(folder / "straight", "loss")
