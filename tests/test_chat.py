@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+from functools import cache
 from itertools import islice, takewhile
 from pathlib import Path
 from unittest.mock import Mock
@@ -741,11 +742,14 @@ def test_a_real_chat_model_that_is_tuned_here_answers_in_other_programs_as_here(
     """With the ids of its control tokens, of which those in the middle of its vocabulary were once renumbered."""
     folder = real("smollm2", "model.safetensors")
     transformers, question = pytest.importorskip("transformers"), "What is the capital of France?"
-    prepared(call, [talk(f"{i}?", f"It is {i}.") for i in range(40)], folder)
-    flags = ["--seq_len", 64, "--batch_tokens", 64, "--micro_batch", 1, "--steps", 1, "--lr", 1e-5, "--keep", 1]
-    call(train, "--init", folder, "--data", "data/t", *flags, "--eval_tokens", 64, "--optimizer", "adamw", "--out", "r")
-    call(published, "--export", "out", "r")
-    call(published, "--export", "out.gguf", "r")
+    prepared(call, [[SYSTEM, *talk(f"{i}?", f"It is {i}.")] for i in range(4, 8)], folder)
+    # Without AdamW's gigabyte of state, and with a checkpoint that is read once.
+    monkeypatch.setattr(train, "make_optimizers", lambda model, config: [torch.optim.SGD(model.parameters())])
+    monkeypatch.setattr(published, "load_checkpoint", cache(published.load_checkpoint))
+    flags = "--seq_len 25 --batch_tokens 25 --micro_batch 1 --steps 1 --lr 1e-2".split()
+    call(train, "--init", folder, "--data", "data/t", *flags, "--out", "r")
+    for name in ("out", "out.gguf"):
+        call(published, "--export", name, "r")
     out, _ = ask(call, capsys, monkeypatch, "out", f"{question}\nAnd of Japan?\n", "--tokens", 20)
     assert out == "The capital of France is Paris.\nThe capital of Japan is Tokyo.\n"
     asked = render(load_tokenizer(folder), talk(question), ask=True)[0].tolist()
