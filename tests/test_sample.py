@@ -5,16 +5,18 @@ import os
 import random
 import re
 import select
-import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT, TINY, shell
+from conftest import FORKS, TINY, shell
+from forked import run_script
 
 import chat
 import model as models
+import prepare
 import published
 import sample
 import train
@@ -23,25 +25,24 @@ from tokenizer import byte_tokenizer
 BYTE = byte_tokenizer()
 
 
-def fed(text: bytes, stop: str | None = None) -> list[str]:
-    """What a decoder gives out, a byte at a time, as a byte-level model would write it."""
+def fed(ids: Iterable[int], stop: str | None = None) -> list[str]:
+    """What a decoder gives out after each token, and at the end. Tokens below 256 are bytes."""
     decoder, out = sample.Decoder(BYTE, stop), []
-    for byte in text:
-        out.append(decoder.feed(byte))
+    for token in ids:
+        out.append(decoder.feed(token))
         if decoder.ended:
             return out
     return [*out, decoder.finish()]
 
 
-def test_characters_are_streamed_whole():
-    text = "naïve 你好 🙂!"
-    out = fed(text.encode())
-    assert "".join(out) == text
-    assert [piece for piece in out if piece] == list(text)
-
-
-def test_bytes_that_are_no_text_are_marked_and_not_fatal():
-    assert "".join(fed(b"a\xff\xf0\x9fb")) == b"a\xff\xf0\x9fb".decode(errors="replace")
+@pytest.mark.parametrize("ids, stop, pieces", [
+    ("aé你🙂!".encode(), None, ["a", "", "é", "", "", "你", "", "", "", "🙂", "!", ""]),
+    (b"a\xff\xf0\x9fb", None, ["a", "\ufffd", "", "", "\ufffdb", ""]),
+    (b"abc--d", "---", ["a", "b", "c", "", "", "--d", ""]), ([ord("a"), BYTE.end_of_text, ord("b")], None, ["a", ""]),
+], ids=["whole characters", "no text", "not the stop text", "end of text"])
+def test_text_is_streamed_as_soon_as_it_is_certain(ids, stop, pieces):
+    """Bytes that are no text are marked and not fatal."""
+    assert fed(ids, stop) == pieces
 
 
 def test_text_ends_before_the_stop_text_and_never_shows_a_part_of_it():
@@ -49,15 +50,6 @@ def test_text_ends_before_the_stop_text_and_never_shows_a_part_of_it():
     for _ in range(2000):
         text, stop = "".join(rng.choices("aab\nä", k=12)), "".join(rng.choices("aab\nä", k=rng.randrange(1, 4)))
         assert "".join(fed(text.encode(), stop)) == text.split(stop)[0]
-
-
-def test_text_streams_while_nothing_of_it_could_be_the_stop_text():
-    assert fed(b"abc--d", "---") == ["a", "b", "c", "", "", "--d", ""]
-
-
-def test_text_ends_at_end_of_text():
-    decoder = sample.Decoder(BYTE, None)
-    assert [decoder.feed(ord("a")), decoder.feed(BYTE.end_of_text)] == ["a", ""] and decoder.ended
 
 
 def test_a_seed_repeats_a_draw_and_greedy_text_is_the_same_in_a_batch_and_alone(call, run, capsys):
@@ -130,21 +122,25 @@ def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, 
     assert "step-00000015.json" in capsys.readouterr().err
 
 
-def test_interactive_answers_each_line_of_a_pipe_that_is_not_blank(run):
-    printed = shell("sample.py", run, "--interactive", "--tokens", 5, cwd=run, stdin="the \n\none \nexit\n").stdout
-    assert re.match(r"(?s)the .*\none .*\nexit", printed)
+def test_interactive_answers_each_line_of_a_pipe_that_is_not_blank_in_any_encoding(call, run, monkeypatch, capfd):
+    """Closed streams end nothing."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \n\ncaf\xe9 \nexit\n"), encoding="utf-8"))
+    call(sample, run, "--interactive", "--tokens", 5)
+    assert re.match("(?s)the .*\ncaf\ufffd .*\nexit", capfd.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    call(sample, run, "--interactive")
 
 
 @pytest.mark.parametrize("how", ["without readline", "dumb", "xterm"])
-def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how):
+def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how, tmp_path):
     """Be the lines edited by readline, and the paste marked by the terminal (xterm) or not. Ctrl-C gives up a line."""
-    code = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    code = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     code += "sys.modules['readline'] = None\n" if how == "without readline" else ""
-    code += "import sample\nfor text in sample.typed(): print('<', repr(text), '>')"
+    (tmp_path / "typed.py").write_text(f"{code}import sample\nfor text in sample.typed(): print('<', repr(text), '>')")
     terminal, child = os.openpty()
-    streams, env = dict.fromkeys(("stdin", "stdout", "stderr"), child), {**os.environ, "TERM": how}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, start_new_session=True, **streams)
-    os.close(child)
+    work = (tmp_path / "typed.py", [], tmp_path, {"TERM": how}, [os.ttyname(child)] * 3)
+    (process := FORKS.Process(target=run_script, args=work)).start()
     paste = b"\033[200~one\n\ntwo\033[201~\r" if how == "xterm" else b"one\n\ntwo\n"
     shown, end = b"", time.monotonic() + 60
     try:
@@ -154,12 +150,14 @@ def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how):
                     shown += os.read(terminal, 1000)
                 elif shown.endswith(b"\3"):  # which came before the program waited for it
                     os.write(terminal, b"\3")
-                assert time.monotonic() < end, shown
+                assert process.is_alive() and time.monotonic() < end, shown
             shown += typed
             os.write(terminal, typed)
-        assert process.wait(30) == 0
+        process.join(30)
+        assert process.exitcode == 0
     finally:
         process.kill()
+        os.close(child)
         os.close(terminal)
     assert re.findall("< (.*?) >", shown.decode()) == [repr("one\n\ntwo"), "'again'"]
 
@@ -173,14 +171,16 @@ def test_ctrl_c_ends_a_text_and_not_the_program(call, run, monkeypatch, capsys):
 
 def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
     (tmp_path / "p.txt").write_bytes("café ".encode())
-    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    command = [sys.executable, ROOT / "sample.py", run, "--prompt_file", "p.txt", "--tokens", "3"]
-    done = subprocess.run(command, cwd=tmp_path, env=ascii_only, capture_output=True, check=True)
-    assert done.stdout.decode().startswith("café ")
+    (tmp_path / "ascii.py").write_text(
+        "import locale, sample, sys\nlocale.setlocale(locale.LC_CTYPE, 'C')\nsys.stdout.reconfigure(encoding='ascii')\n"
+        "assert open('p.txt').encoding != 'UTF-8'\nsample.main()"
+    )
+    printed = shell(tmp_path / "ascii.py", run, "--prompt_file", "p.txt", "--tokens", 3, cwd=tmp_path).stdout
+    assert printed.startswith("café ")
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (["nowhere"], "no file or folder nowhere"), (["x" * 300], "File name too long"),
+    ([], "python train.py"), (["nowhere"], "no file or folder nowhere"), (["x" * 300], "File name too long"),
     (["--prompt_file", "x" * 300], "File name too long"), (["--n", 0], "--n 0"), (["--tokens", -1], "--tokens -1"),
     (["--temperature", -1], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
     (["--temperature", "1e-40"], "--temperature 1e-40"), (["--seed", 10**23], f"--seed {10**23}"),
@@ -189,9 +189,8 @@ def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
     (["--prompt", "\ud800"], "not UTF-8"),
 ])
 def test_bad_input_is_one_sentence(refused, run, arguments, told):
-    if arguments[0].startswith("-"):
-        arguments = [run, *arguments]
-    assert told in refused(sample, *arguments)
+    about_run = arguments and arguments[0].startswith("-")
+    assert told in refused(sample, *([run] if about_run else []), *arguments)
 
 
 @pytest.mark.parametrize("folder, told", [("x" * 300, "too long"), ("file/x", "Not a directory"), ("full", "no space")])
@@ -203,21 +202,8 @@ def test_an_export_that_cannot_be_written_is_one_sentence(refused, run, monkeypa
     assert told in refused(published, "--export", folder, run)
 
 
-def test_without_any_run_it_says_how_to_make_one(refused):
-    assert "python train.py" in refused(sample)
-
-
-def test_a_prompt_in_another_encoding_and_closed_streams_end_nothing(call, run, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 \n\n"), encoding="utf-8"))
-    call(sample, run, "--interactive", "--tokens", 5)
-    assert "caf\ufffd " in capfd.readouterr().out
-    monkeypatch.setattr(sys, "stdin", None)
-    monkeypatch.setattr(sys, "stdout", None)
-    call(sample, run, "--interactive")
-
-
-@pytest.mark.parametrize("script", [sample, chat])
-def test_help_says_what_the_script_does(call, capsys, script):
+@pytest.mark.parametrize("script, flag", [(sample, "--int8"), (chat, "--int8"), (prepare, "--val_tail")])
+def test_help_says_what_the_script_does(call, capsys, script, flag):
     with pytest.raises(SystemExit):
         call(script, "--help")
-    assert script.__doc__.strip().splitlines()[-1] in (printed := capsys.readouterr().out) and "--int8" in printed
+    assert script.__doc__.strip().splitlines()[-1] in (printed := capsys.readouterr().out) and flag in printed
