@@ -75,10 +75,11 @@ def test_text_cut_into_pieces_gives_the_same_tokens(name, monkeypatch):
 
 
 def test_a_folder_gives_all_documents_in_it_once_and_what_it_cannot_give_is_named(call, capsys, tmp_path):
-    """Links are followed. Nothing that is hidden is read."""
+    """Links are followed. Nothing that is hidden is read. A record with a text is text, whatever else it has."""
     plain, zipped = ([f"{kind} {i} {words(20, i)}" for i in range(40)] for kind in ("plain", "zipped"))
     wrong = '{"text": "\\ud800 lone"}\nnot json\n{"body": 1}\n{"text": 5}\n[]\n{"text": ""}\n'
-    write({"in/a.jsonl": jsonl(plain) + wrong, "in/c.jsonl.gz": gzip.compress(jsonl(zipped).encode())})
+    write({"in/a.jsonl": jsonl([{"text": text, "answer": "b"} for text in plain]) + wrong})
+    write({"in/c.jsonl.gz": gzip.compress(jsonl(zipped).encode())})
     write({"in/deep/b.txt": "from a folder", "elsewhere/d.txt": "from a link"})
     write({"in/.hidden": "never read", "in/.git/config": "never read", "in/empty.txt": b""})
     write({"in/latin.txt": b"caf\xe9", "in/cut.txt": "é".encode()[:1]})
