@@ -136,11 +136,6 @@ def minutes(nano) -> Iterator[Figure]:
     yield from to_loss(1.4697, *THREE_MINUTES.split(), seconds=180)
 
 
-def shakespeare(nano) -> Iterator[Figure]:
-    """Shakespeare within ten minutes"""
-    yield from to_loss(1.40, "--preset", "shakespeare", "--compile", seconds=600)
-
-
 def training(rows: list[dict], theirs: dict[str, float]) -> Iterator[Figure]:
     """The speed of a run beside others, and its share of the machine's peak."""
     for name, speed in theirs.items() or [("", None)]:
@@ -262,8 +257,7 @@ def checkpoint(nano) -> Iterator[Figure]:
         yield "seconds to read and verify", time.monotonic() - start, None
 
 
-ALL = start, quick, throughput, sampling, network, checkpoint, minutes, shakespeare, gpu
-ROWS = {row.__name__: row for row in ALL}
+ROWS = {row.__name__: row for row in (start, quick, throughput, sampling, network, checkpoint, minutes, gpu)}
 
 
 def measured(name: str, nano) -> list[Figure]:

@@ -288,21 +288,28 @@ def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(
 # ---- what users bring
 
 
-@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.parquet"])
-def test_records_are_read_from_the_field_that_is_asked_for(refused, call, capsys, name):
-    records = [{"content": words(9, i), "id": i} for i in range(30)]
+RECORDS = [{"content": words(9, i), "id": i} for i in range(30)]
+LINES = "\n\n".join(map(json.dumps, RECORDS))
+
+
+@pytest.mark.parametrize("name, content, is_nested", [
+    *((name, f"{LINES}\n{'[' * 100_000}\n", True) for name in ("a.JSONL", "a.ndjson")),
+    ("a.ndjson.gz", LINES, False), ("a.json", f"\ufeff{LINES}", False), ("a.json.gz", LINES, False),
+    ("a.json", f"\n{json.dumps(RECORDS)}", False), ("a.json.gz", json.dumps(RECORDS, indent=1), False),
+    ("a.parquet", "", False),
+], ids=["lines", "ndjson", "ndjson.gz", "json of lines", "json.gz of lines", "list", "indented list", "parquet"])
+def test_records_are_read_from_the_field_that_is_asked_for(refused, call, capsys, name, content, is_nested):
+    """A record per line, or one value, which may begin on any line."""
+    write({name: gzip.compress(content.encode()) if name.endswith("gz") else content})
     if name == "a.parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.Table.from_pylist(records), name)
-    else:
-        lines = jsonl(records).replace("\n", "\n\n") + "[" * 100_000 + "\n"
-        write({name: json.dumps(records) if name == "a.json" else lines})
+        parquet.write_table(pyarrow.Table.from_pylist(RECORDS), name)
     told = refused(prepare, name, "--tokenizer", "byte")
     assert "one has the keys content, id" in told and "--field" in told
     call(prepare, name, "--tokenizer", "byte", "--field", "content", "--val_fraction", 0.2)
-    assert sorted(decoded("data/a")) == sorted(record["content"] for record in records)
+    assert sorted(decoded("data/a")) == sorted(record["content"] for record in RECORDS)
     skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
-    assert len(skipped) == (name in ("a.JSONL", "a.ndjson")) and not any("(" in s for s in skipped)  # the nested line
+    assert len(skipped) == is_nested and not any("(" in line for line in skipped)  # the one nested line
 
 
 class Site(BaseHTTPRequestHandler):
@@ -365,26 +372,14 @@ def test_files_are_on_disk_before_anything_gets_a_name(call, data, monkeypatch, 
 # ---- nothing in silence
 
 
-def test_json_is_read_by_its_content_and_a_byte_order_mark_is_no_text(call):
-    """A record per line, or one value, which may begin on any line."""
-    records = [{"text": f"{i} {words(5, i)}"} for i in range(30)]
-    lines = "\ufeff" + "\n".join(map(json.dumps, records))
-    contents = {"a.json": lines, "b.json.gz": lines, "c.ndjson.gz": lines, "d.json": f"\n{json.dumps(records)}"}
-    for name, content in (contents | {"e.json.gz": json.dumps(records, indent=1)}).items():
-        write({name: gzip.compress(content.encode()) if name.endswith("gz") else content})
-        assert [*prepare.records(Path(name), None, skipped := prepare.Skipped())] == records and not skipped
-        assert prepare.is_container(Path(name))
-    write({"t.txt": "\ufeffsome text"})
-    call(prepare, "t.txt", "--tokenizer", "byte", "--val_fraction", 0.5)
-    assert decoded("data/t") == ["som", "e text"]
-
-
-def test_tables_and_control_tokens_are_text_and_that_is_said(call, refused, capsys):
-    write({"t.csv": "<|im_end|><|im_end|> a,b\n" + "a,b\n" * 9 + "<|im_end|> the end"})
+def test_tables_and_control_tokens_are_text_and_that_is_said(call, capsys):
+    """A byte order mark is none."""
+    write({"t.csv": "\ufeff" + (text := "<|im_end|><|im_end|> a,b\n" + "a,b\n" * 9 + "<|im_end|> the end")})
     call(prepare, "t.csv", "--tokenizer", "byte", "--val_fraction", 0.5)
     printed = capsys.readouterr().err
     assert "read as plain text, not as tables: t.csv\n" in printed
     assert "read as ordinary characters: <|im_end|> (3); for" in printed
+    assert "".join(decoded("data/t")) == text
 
 
 def test_what_cannot_be_used_is_named_once_and_a_pipe_not_by_its_copy(refused, capsys, monkeypatch):
