@@ -423,10 +423,10 @@ def test_a_place_where_nothing_can_be_is_one_sentence(refused, place, problem):
 
 def test_one_process_at_a_time_makes_a_data_set(data, monkeypatch, tmp_path):
     """Others are refused, or wait until it is made or given up. One that comes too late leaves nothing."""
+    monkeypatch.chdir(tmp_path)
     text, out, half = str(data.parent / "text.txt"), Path("data/text"), Path("data/text.partial/train-00009.npy")
     late, make = prepare.NewDataset([text], out, "byte", 0.1), partial(prepare.prepare, [text], out, "byte", wait=True)
     waiting = fork(target=make)
-    monkeypatch.chdir(tmp_path)
     with prepare.unfinished(half.parent, "", wait=False):
         half.write_bytes(b"half")
         waiting.start()
