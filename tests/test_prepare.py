@@ -139,8 +139,12 @@ def test_held_out_text_does_not_reach_the_tokenizer(call, tmp_path):
     (["a.txt"], gzip.compress(b"x", mtime=0), "a compressed file: unpack"), (["a.txt"], b"\x80\0\1", "a binary file"),
     (["a.txt"], "x".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 FILE"),
     (["a.txt"], b"caf\xe9", "iconv -f LATIN1 -t UTF-8 FILE"),
+    (["-"], b"%PDF-1.7", "nothing to read: stdin: not UTF-8"),  # not by the name of its copy
 ])
-def test_input_that_gives_no_data_set_is_refused(refused, tmp_path, inputs, content, told):
+def test_input_that_gives_no_data_set_is_refused(refused, monkeypatch, tmp_path, inputs, content, told):
+    """What cannot be used is named once."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(prepare.Skipped, "say", lambda skipped: skipped and pytest.fail("it is named twice"))
     write({"a.txt": content, "b.txt": content, "photos/train-images.npy": "mine", "other.partial/a.npy": "mine"})
     assert told in refused(prepare, *inputs, "--tokenizer", "byte")
     assert not list(tmp_path.glob("data/*/meta.json"))
@@ -380,14 +384,6 @@ def test_tables_and_control_tokens_are_text_and_that_is_said(call, capsys):
     assert "read as plain text, not as tables: t.csv\n" in printed
     assert "read as ordinary characters: <|im_end|> (3); for" in printed
     assert "".join(decoded("data/t")) == text
-
-
-def test_what_cannot_be_used_is_named_once_and_a_pipe_not_by_its_copy(refused, capsys, monkeypatch):
-    write({"t.jsonl": '{"question": "q", "answer": "a"}\n'})
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"%PDF-1.7")))
-    monkeypatch.setattr(prepare.Skipped, "say", pytest.fail)
-    for name, told in (("t.jsonl", "read: t.jsonl: conversations, of"), ("-", "read: stdin: not UTF-8")):
-        assert told in refused(prepare, name, "--tokenizer", "byte")
 
 
 def test_of_few_documents_the_end_of_each_is_held_out(call, capsys):

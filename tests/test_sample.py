@@ -123,10 +123,14 @@ def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, 
 
 
 def test_interactive_answers_each_line_of_a_pipe_that_is_not_blank_in_any_encoding(call, run, monkeypatch, capfd):
-    """Closed streams end nothing."""
+    """Ctrl-C ends a text alone, and closed streams end nothing."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \n\ncaf\xe9 \nexit\n"), encoding="utf-8"))
     call(sample, run, "--interactive", "--tokens", 5)
     assert re.match("(?s)the .*\ncaf\ufffd .*\nexit", capfd.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr(sample, "continuations", Mock(side_effect=KeyboardInterrupt))
+    call(sample, run, "--interactive")
+    assert sample.continuations.call_count == 2
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setattr(sys, "stdout", None)
     call(sample, run, "--interactive")
@@ -160,13 +164,6 @@ def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how, tmp_path):
         os.close(child)
         os.close(terminal)
     assert re.findall("< (.*?) >", shown.decode()) == [repr("one\n\ntwo"), "'again'"]
-
-
-def test_ctrl_c_ends_a_text_and_not_the_program(call, run, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "continuations", Mock(side_effect=KeyboardInterrupt))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-    call(sample, run, "--interactive")
-    assert sample.continuations.call_count == 2
 
 
 def test_a_prompt_file_is_read_as_utf8_on_any_platform(run, tmp_path):
