@@ -8,7 +8,7 @@ import select
 import sys
 import time
 from collections.abc import Iterable
-from unittest.mock import Mock
+from unittest.mock import Mock, create_autospec
 
 import pytest
 from conftest import FORKS, TINY, shell
@@ -68,27 +68,24 @@ def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(call, data,
     sizes = ["--vocab_size", 300, "--seq_len", 64, "--batch_tokens", 256]
     call(train, *TINY, *sizes, "--data", data, "--out", "r", "--steps", 1, "--lr", 0)
     (tmp_path / "p.txt").write_text("a b")
-    draw, forward, inputs, draws, drawn = models.sample_next, models.GPT.forward, [], [], set()
-
-    def recorded_draw(logits, generator, **options):
-        draws.append((options, generator.initial_seed()))
-        ids = draw(logits, generator=generator, **options)
-        drawn.update(ids.tolist())
-        return ids
-
-    def recorded_forward(model, tokens, **options):
-        inputs.append((tokens.tolist(), type(model.head).__name__))
-        return forward(model, tokens, **options)
-
-    monkeypatch.setattr(models, "sample_next", recorded_draw)
-    monkeypatch.setattr(models.GPT, "forward", recorded_forward)
+    draw = Mock(wraps=models.sample_next)
+    forward = create_autospec(models.GPT.forward, side_effect=models.GPT.forward)
+    monkeypatch.setattr(models, "sample_next", draw)
+    monkeypatch.setattr(models.GPT, "forward", forward)
 
     def texts(*flags) -> list[str]:
-        inputs.clear(), draws.clear(), capsys.readouterr()
+        draw.reset_mock(), forward.reset_mock(), capsys.readouterr()
         monkeypatch.setattr("sys.stdin", io.StringIO("a b\n\n"))
         call(*([chat, "r"] if flags[0] == "chat" else [sample, "r", flags[0]]), *flags[1:])
         written = re.split(r"--- \d of 8\n", capsys.readouterr().out)[-8:]
         return [text.removesuffix("\n").removeprefix("a b") for text in written]
+
+    def first() -> tuple[str, list, dict, int]:
+        """The kind of model that drew the first token, what it read, with which options, and with which seed."""
+        (model, tokens), ((logits,), options) = forward.call_args_list[0].args, draw.call_args_list[0]
+        assert logits.size(-1) == 259
+        seed = options.pop("generator").initial_seed()
+        return type(model.head).__name__, tokens.tolist(), options, seed
 
     text, asked = [256, *b"a b"], [257, *b"user\na b", 258, *b"\n", 257, *b"assistant\n"]
     options = {"temperature": 0.7, "top_k": 299, "top_p": 0.99}
@@ -97,18 +94,17 @@ def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(call, data,
         n = 8 if "prompt" in way else 1
         many = [] if way == "chat" else ["--n", n]
         whole = texts(way, *flags, *many)
-        assert draws[0] == (options, 5) and inputs[0] == ([ids] * n, "Int8Linear")
-        assert len(draws) <= 9 and len(whole) == n
+        assert first() == ("Int8Linear", [ids] * n, options, 5)
+        assert draw.call_count <= 9 and len(whole) == n
         stop = whole[-1][2:4]
         assert texts(way, *flags, *many, f"--stop={stop}") == [one.partition(stop)[0] for one in whole]
         texts(way, "--tokens", 1)
         defaults = {"temperature": 0.0 if way == "chat" else 0.8, "top_k": None, "top_p": None}
-        assert draws[0][0] == defaults and inputs[0] == ([ids], "Linear")
-        seed = draws[0][1]
+        *found, seed = first()
+        assert found == ["Linear", [ids], defaults]
         texts(way, "--temperature", 0)  # always id 0, which ends nothing
         room = 64 - len(asked) if way == "chat" else 200  # an answer ends with the context
-        assert draws[0][1] != seed and len(draws) == room
-    assert max(drawn) < 259
+        assert first()[-1] != seed and draw.call_count == room
 
 
 def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, monkeypatch):
