@@ -5,14 +5,14 @@ import os
 import random
 import re
 import select
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from unittest.mock import Mock, create_autospec
 
 import pytest
-from conftest import FORKS, TINY, shell
-from forked import run_script
+from conftest import ROOT, TINY, shell
 
 import chat
 import model as models
@@ -133,14 +133,15 @@ def test_interactive_answers_each_line_of_a_pipe_that_is_not_blank_in_any_encodi
 
 
 @pytest.mark.parametrize("how", ["without readline", "dumb", "xterm"])
-def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how, tmp_path):
+def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how):
     """Be the lines edited by readline, and the paste marked by the terminal (xterm) or not. Ctrl-C gives up a line."""
-    code = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    code = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     code += "sys.modules['readline'] = None\n" if how == "without readline" else ""
-    (tmp_path / "typed.py").write_text(f"{code}import sample\nfor text in sample.typed(): print('<', repr(text), '>')")
+    code += "import sample\nfor text in sample.typed(): print('<', repr(text), '>')"
     terminal, child = os.openpty()
-    work = (tmp_path / "typed.py", [], tmp_path, {"TERM": how}, [os.ttyname(child)] * 3)
-    (process := FORKS.Process(target=run_script, args=work)).start()
+    streams, env = dict.fromkeys(("stdin", "stdout", "stderr"), child), {**os.environ, "TERM": how}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, start_new_session=True, **streams)
+    os.close(child)
     paste = b"\033[200~one\n\ntwo\033[201~\r" if how == "xterm" else b"one\n\ntwo\n"
     shown, end = b"", time.monotonic() + 60
     try:
@@ -150,14 +151,12 @@ def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how, tmp_path):
                     shown += os.read(terminal, 1000)
                 elif shown.endswith(b"\3"):  # which came before the program waited for it
                     os.write(terminal, b"\3")
-                assert process.is_alive() and time.monotonic() < end, shown
+                assert time.monotonic() < end, shown
             shown += typed
             os.write(terminal, typed)
-        process.join(30)
-        assert process.exitcode == 0
+        assert process.wait(30) == 0
     finally:
         process.kill()
-        os.close(child)
         os.close(terminal)
     assert re.findall("< (.*?) >", shown.decode()) == [repr("one\n\ntwo"), "'again'"]
 
