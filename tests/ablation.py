@@ -9,15 +9,16 @@ rate with seed 1 for as long as that helps, then trains at the best rate with th
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from published import load_model  # noqa: E402
 from train import Config  # noqa: E402
 
 TAKEN_BACK = [
@@ -26,20 +27,32 @@ TAKEN_BACK = [
     ("MLP: GELU, not gated", "--no-gated --activation gelu_tanh"), ("head: tied", "--tied"),
     ("optimizer: AdamW", "--optimizer adamw"),
 ]
-SEEDS = (1, 2, 3)
 
 
-def train(out: Path, flags: list[str]) -> tuple[float, str]:
-    """Train on one thread, or take the result of an earlier try. Returns val_loss and the printed parameter count."""
-    if not (out / "printed.txt").exists():
-        shutil.rmtree(out, ignore_errors=True)
-        command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        printed = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
-        (out / "printed.txt").write_text(printed, encoding="utf-8")
+@cache
+def val_loss(out: Path, *flags: str) -> float:
+    """Train on one thread, or go on with an earlier try."""
+    command = [sys.executable, ROOT / "train.py", "--resume", "--out", out, *flags]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
     rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    n_params = (out / "printed.txt").read_text(encoding="utf-8").partition("model    ")[2].partition(" parameters")[0]
-    return [row["val_loss"] for row in rows if "val_loss" in row][-1], n_params
+    return [row["val_loss"] for row in rows if "val_loss" in row][-1]
+
+
+def measure(args: argparse.Namespace, row: int) -> tuple[int, float, list[float]]:
+    """The number of parameters, the best learning rate, and the loss with each seed."""
+    flags = [f"--{name}={args.steps}" for name in ("steps", "eval_every", "save_every")] + TAKEN_BACK[row][1].split()
+
+    def out(rate: float, seed: int) -> Path:
+        return Path(args.out, f"{row}-{rate}-{seed}-{args.steps}")
+
+    def loss(rate: float, seed: int = 1) -> float:
+        return val_loss(out(rate, seed), "--data", args.data, *flags, "--lr", str(rate), "--seed", str(seed))
+
+    best = Config.lr
+    for factor in (2, 0.5):
+        while loss(best * factor) < loss(best):
+            best *= factor
+    return load_model(out(best, 1))[0].n_params(), best, [loss(best, seed) for seed in (1, 2, 3)]
 
 
 def main() -> None:
@@ -49,34 +62,14 @@ def main() -> None:
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (%(default)s)")
     args = parser.parse_args()
     if not Path(args.data, "meta.json").exists():
-        subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--out", args.data], check=True)
-    common = ["--data", args.data, *(f"--{name}={args.steps}" for name in ("steps", "eval_every", "save_every"))]
-
-    def measure(row: int) -> tuple[str, float, list[float]]:
-        """The number of parameters, the best learning rate, and the loss with each seed."""
-
-        def run(rate: float, seed: int) -> tuple[float, str]:
-            flags = [*common, *TAKEN_BACK[row][1].split(), "--lr", str(rate), "--seed", str(seed)]
-            return train(Path(args.out, f"{row}-{rate}-{seed}"), flags)
-
-        tried = {Config.lr: run(Config.lr, SEEDS[0])[0]}
-        for factor in (2, 0.5):
-            rate, helps = Config.lr, True
-            while helps:
-                before, rate = rate, rate * factor
-                tried[rate] = run(rate, SEEDS[0])[0]
-                helps = tried[rate] < tried[before]
-        best = min(tried, key=tried.get)
-        results = [run(best, seed) for seed in SEEDS]
-        return results[0][1], best, [loss for loss, _ in results]
-
+        subprocess.run([sys.executable, ROOT / "prepare.py", "--out", args.data], check=True)
     print("| taken back | parameters | lr | val_loss, mean | worst - best seed | lost |\n|---|---|---|---|---|---|")
-    default = None
+    default, rows = None, range(len(TAKEN_BACK))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (name, _), (n_params, rate, losses) in zip(TAKEN_BACK, pool.map(measure, range(len(TAKEN_BACK)))):
+        for (name, _), (size, rate, losses) in zip(TAKEN_BACK, pool.map(partial(measure, args), rows)):
             mean, spread = statistics.mean(losses), max(losses) - min(losses)
             default = default or mean
-            print(f"| {name} | {n_params} | {rate:g} | {mean:.3f} | {spread:.3f} | {mean - default:.3f} |", flush=True)
+            print(f"| {name} | {size:,} | {rate:g} | {mean:.3f} | {spread:.3f} | {mean - default:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_llama_cpp_continues_a_text_as_sample_py_does(tmp_path, family, half):
     model = saved(tmp_path / "m.gguf", tokenizer, FAMILIES[family], half=half)
     with llama_cpp(tmp_path / "m.gguf") as post:
         for prompt in ("the small model", "naïve café 你好", "x"):
-            n = 10 if half else 60  # llama.cpp rounds what it multiplies with float16, so that near ties may fall apart
+            n = 10 if half else 30  # llama.cpp rounds what it multiplies with float16, so that near ties may fall apart
             tokens = post("/completion", prompt=prompt, n_predict=n, top_k=1, return_tokens=True)["tokens"]
             ids = [tokenizer.begin, *tokenizer.encode(prompt).tolist()]
             assert [token for token in tokens if token not in tokenizer.ends] == greedy(model, tokenizer, ids, n)

@@ -58,14 +58,15 @@ def test_losses_are_those_of_the_cpu(trained, kind):
         assert rows(here, key) == pytest.approx(rows(there, key), abs=1e-3)
 
 
-@pytest.mark.parametrize("how, flags, tolerance", [
-    ("compiled", ["--compile"], 1e-2), ("bfloat16", ["--compile", "--dtype", "bfloat16"], 5e-2),
-    ("torchrun", [], 1e-3),  # on CUDA its one rank talks to itself by NCCL
+@pytest.mark.parametrize("how, kind, flags, tolerance", [
+    ("compiled", "today", "--compile", 1e-2), ("bfloat16", "today", "--compile --dtype bfloat16", 5e-2),
+    ("packed", "documents", "--compile", 1e-2), ("packed, recomputed", "documents", "--compile --recompute", 1e-2),
+    ("torchrun", "today", "", 1e-3),  # on CUDA its one rank talks to itself by NCCL
 ])
-def test_losses_are_those_of_an_eager_run_alone_however_it_is_run(trained, how, flags, tolerance):
+def test_losses_are_those_of_an_eager_run_alone_however_it_is_run(trained, how, kind, flags, tolerance):
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 1".split() if how == "torchrun" else ()
-    losses = rows(trained(how, *flags, launcher=tuple(launcher)), "loss")
-    assert losses == pytest.approx(rows(trained(f"today-{DEVICE}"), "loss"), abs=tolerance)
+    losses = rows(trained(how, *KINDS[kind], *flags.split(), launcher=tuple(launcher)), "loss")
+    assert losses == pytest.approx(rows(trained(f"{kind}-{DEVICE}", *KINDS[kind]), "loss"), abs=tolerance)
 
 
 def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(trained):

@@ -8,13 +8,15 @@ import select
 import subprocess
 import sys
 import time
-from unittest.mock import Mock
+from collections.abc import Iterable
+from unittest.mock import Mock, create_autospec
 
 import pytest
-from conftest import ROOT, TINY, shell
+from conftest import ROOT, TINY
 
 import chat
 import model as models
+import prepare
 import published
 import sample
 import train
@@ -23,25 +25,24 @@ from tokenizer import byte_tokenizer
 BYTE = byte_tokenizer()
 
 
-def fed(text: bytes, stop: str | None = None) -> list[str]:
-    """What a decoder gives out, a byte at a time, as a byte-level model would write it."""
+def fed(ids: Iterable[int], stop: str | None = None) -> list[str]:
+    """What a decoder gives out after each token, and at the end. Tokens below 256 are bytes."""
     decoder, out = sample.Decoder(BYTE, stop), []
-    for byte in text:
-        out.append(decoder.feed(byte))
+    for token in ids:
+        out.append(decoder.feed(token))
         if decoder.ended:
             return out
     return [*out, decoder.finish()]
 
 
-def test_characters_are_streamed_whole():
-    text = "naïve 你好 🙂!"
-    out = fed(text.encode())
-    assert "".join(out) == text
-    assert [piece for piece in out if piece] == list(text)
-
-
-def test_bytes_that_are_no_text_are_marked_and_not_fatal():
-    assert "".join(fed(b"a\xff\xf0\x9fb")) == b"a\xff\xf0\x9fb".decode(errors="replace")
+@pytest.mark.parametrize("ids, stop, pieces", [
+    ("aé你🙂!".encode(), None, ["a", "", "é", "", "", "你", "", "", "", "🙂", "!", ""]),
+    (b"a\xff\xf0\x9fb", None, ["a", "\ufffd", "", "", "\ufffdb", ""]),
+    (b"abc--d", "---", ["a", "b", "c", "", "", "--d", ""]), ([ord("a"), BYTE.end_of_text, ord("b")], None, ["a", ""]),
+], ids=["whole characters", "no text", "not the stop text", "end of text"])
+def test_text_is_streamed_as_soon_as_it_is_certain(ids, stop, pieces):
+    """Bytes that are no text are marked and not fatal."""
+    assert fed(ids, stop) == pieces
 
 
 def test_text_ends_before_the_stop_text_and_never_shows_a_part_of_it():
@@ -49,15 +50,6 @@ def test_text_ends_before_the_stop_text_and_never_shows_a_part_of_it():
     for _ in range(2000):
         text, stop = "".join(rng.choices("aab\nä", k=12)), "".join(rng.choices("aab\nä", k=rng.randrange(1, 4)))
         assert "".join(fed(text.encode(), stop)) == text.split(stop)[0]
-
-
-def test_text_streams_while_nothing_of_it_could_be_the_stop_text():
-    assert fed(b"abc--d", "---") == ["a", "b", "c", "", "", "--d", ""]
-
-
-def test_text_ends_at_end_of_text():
-    decoder = sample.Decoder(BYTE, None)
-    assert [decoder.feed(ord("a")), decoder.feed(BYTE.end_of_text)] == ["a", ""] and decoder.ended
 
 
 def test_a_seed_repeats_a_draw_and_greedy_text_is_the_same_in_a_batch_and_alone(call, run, capsys):
@@ -75,27 +67,24 @@ def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(call, data,
     """In all ways to ask. The model has 41 ids more than the tokenizer, and finds all ids equally likely."""
     sizes = ["--vocab_size", 300, "--seq_len", 64, "--batch_tokens", 256]
     call(train, *TINY, *sizes, "--data", data, "--out", "r", "--steps", 1, "--lr", 0)
-    draw, forward, inputs, draws, drawn = models.sample_next, models.GPT.forward, [], [], set()
-
-    def recorded_draw(logits, generator, **options):
-        draws.append((options, generator.initial_seed()))
-        ids = draw(logits, generator=generator, **options)
-        drawn.update(ids.tolist())
-        return ids
-
-    def recorded_forward(model, tokens, **options):
-        inputs.append((tokens.tolist(), type(model.head).__name__))
-        return forward(model, tokens, **options)
-
-    monkeypatch.setattr(models, "sample_next", recorded_draw)
-    monkeypatch.setattr(models.GPT, "forward", recorded_forward)
+    draw = Mock(wraps=models.sample_next)
+    forward = create_autospec(models.GPT.forward, side_effect=models.GPT.forward)
+    monkeypatch.setattr(models, "sample_next", draw)
+    monkeypatch.setattr(models.GPT, "forward", forward)
 
     def texts(*flags) -> list[str]:
-        inputs.clear(), draws.clear(), capsys.readouterr()
+        draw.reset_mock(), forward.reset_mock(), capsys.readouterr()
         monkeypatch.setattr("sys.stdin", io.StringIO("a b\n\n"))
         call(*([chat, "r"] if flags[0] == "chat" else [sample, "r", flags[0]]), *flags[1:])
         written = re.split(r"--- \d of 8\n", capsys.readouterr().out)[-8:]
         return [text.removesuffix("\n").removeprefix("a b") for text in written]
+
+    def first() -> tuple[str, list, dict, int]:
+        """The kind of model that drew the first token, what it read, with which options, and with which seed."""
+        (model, tokens), ((logits,), options) = forward.call_args_list[0].args, draw.call_args_list[0]
+        assert logits.size(-1) == 259
+        seed = options.pop("generator").initial_seed()
+        return type(model.head).__name__, tokens.tolist(), options, seed
 
     text, asked = [256, *b"a b"], [257, *b"user\na b", 258, *b"\n", 257, *b"assistant\n"]
     options = {"temperature": 0.7, "top_k": 299, "top_p": 0.99}
@@ -104,18 +93,17 @@ def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(call, data,
         n = 8 if "prompt" in way else 1
         many = [] if way == "chat" else ["--n", n]
         whole = texts(way, *flags, *many)
-        assert draws[0] == (options, 5) and inputs[0] == ([ids] * n, "Int8Linear")
-        assert len(draws) <= 9 and len(whole) == n
+        assert first() == ("Int8Linear", [ids] * n, options, 5)
+        assert draw.call_count <= 9 and len(whole) == n
         stop = whole[-1][2:4]
         assert texts(way, *flags, *many, f"--stop={stop}") == [one.partition(stop)[0] for one in whole]
         texts(way, "--tokens", 1)
         defaults = {"temperature": 0.0 if way == "chat" else 0.8, "top_k": None, "top_p": None}
-        assert draws[0][0] == defaults and inputs[0] == ([ids], "Linear")
-        seed = draws[0][1]
+        *found, seed = first()
+        assert found == ["Linear", [ids], defaults]
         texts(way, "--temperature", 0)  # always id 0, which ends nothing
         room = 64 - len(asked) if way == "chat" else 200  # an answer ends with the context
-        assert draws[0][1] != seed and len(draws) == room
-    assert max(drawn) < 259
+        assert first()[-1] != seed and draw.call_count == room
 
 
 def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, monkeypatch):
@@ -129,9 +117,18 @@ def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, 
     assert "step-00000015.json" in capsys.readouterr().err
 
 
-def test_interactive_answers_each_line_of_a_pipe_that_is_not_blank(run):
-    printed = shell("sample.py", run, "--interactive", "--tokens", 5, cwd=run, stdin="the \n\none \nexit\n").stdout
-    assert re.match(r"(?s)the .*\none .*\nexit", printed)
+def test_interactive_answers_each_line_of_a_pipe_that_is_not_blank_in_any_encoding(call, run, monkeypatch, capfd):
+    """Ctrl-C ends a text alone, and closed streams end nothing."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \n\ncaf\xe9 \nexit\n"), encoding="utf-8"))
+    call(sample, run, "--interactive", "--tokens", 5)
+    assert re.match("(?s)the .*\ncaf\ufffd .*\nexit", capfd.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr(sample, "continuations", Mock(side_effect=KeyboardInterrupt))
+    call(sample, run, "--interactive")
+    assert sample.continuations.call_count == 2
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    call(sample, run, "--interactive")
 
 
 @pytest.mark.parametrize("how", ["without readline", "dumb", "xterm"])
@@ -151,7 +148,7 @@ def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how):
             while not shown.endswith(b"> "):
                 if select.select([terminal], [], [], 1)[0]:
                     shown += os.read(terminal, 1000)
-                elif shown.endswith(b"\3"):  # which came before the program waited for it
+                elif shown.endswith((b"\3", b"^C")):  # which came before the program waited for it
                     os.write(terminal, b"\3")
                 assert time.monotonic() < end, shown
             shown += typed
@@ -163,13 +160,6 @@ def test_on_a_terminal_a_paste_is_one_text_and_exit_ends(how):
     assert re.findall("< (.*?) >", shown.decode()) == [repr("one\n\ntwo"), "'again'"]
 
 
-def test_ctrl_c_ends_a_text_and_not_the_program(call, run, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "continuations", Mock(side_effect=KeyboardInterrupt))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-    call(sample, run, "--interactive")
-    assert sample.continuations.call_count == 2
-
-
 def test_text_is_written_in_utf8_on_any_platform(run, tmp_path):
     """Here U+FFFD, in place of random bytes that are none."""
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
@@ -179,7 +169,7 @@ def test_text_is_written_in_utf8_on_any_platform(run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (["nowhere"], "no file or folder nowhere"), (["x" * 300], "File name too long"),
+    ([], "python train.py"), (["nowhere"], "no file or folder nowhere"), (["x" * 300], "File name too long"),
     (["--n", 0], "--n 0"), (["--tokens", -1], "--tokens -1"),
     (["--temperature", -1], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
     (["--temperature", "1e-40"], "--temperature 1e-40"), (["--seed", 10**23], f"--seed {10**23}"),
@@ -188,9 +178,8 @@ def test_text_is_written_in_utf8_on_any_platform(run, tmp_path):
     (["--prompt", "\ud800"], "not UTF-8"),
 ])
 def test_bad_input_is_one_sentence(refused, run, arguments, told):
-    if arguments[0].startswith("-"):
-        arguments = [run, *arguments]
-    assert told in refused(sample, *arguments)
+    about_run = arguments and arguments[0].startswith("-")
+    assert told in refused(sample, *([run] if about_run else []), *arguments)
 
 
 @pytest.mark.parametrize("folder, told", [("x" * 300, "too long"), ("file/x", "Not a directory"), ("full", "no space")])
@@ -202,21 +191,8 @@ def test_an_export_that_cannot_be_written_is_one_sentence(refused, run, monkeypa
     assert told in refused(published, "--export", folder, run)
 
 
-def test_without_any_run_it_says_how_to_make_one(refused):
-    assert "python train.py" in refused(sample)
-
-
-def test_a_prompt_in_another_encoding_and_closed_streams_end_nothing(call, run, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 \n\n"), encoding="utf-8"))
-    call(sample, run, "--interactive", "--tokens", 5)
-    assert "caf\ufffd " in capfd.readouterr().out
-    monkeypatch.setattr(sys, "stdin", None)
-    monkeypatch.setattr(sys, "stdout", None)
-    call(sample, run, "--interactive")
-
-
-@pytest.mark.parametrize("script", [sample, chat])
-def test_help_says_what_the_script_does(call, capsys, script):
+@pytest.mark.parametrize("script, flag", [(sample, "--int8"), (chat, "--int8"), (prepare, "--val_tail")])
+def test_help_says_what_the_script_does(call, capsys, script, flag):
     with pytest.raises(SystemExit):
         call(script, "--help")
-    assert script.__doc__.strip().splitlines()[-1] in (printed := capsys.readouterr().out) and "--int8" in printed
+    assert script.__doc__.strip().splitlines()[-1] in (printed := capsys.readouterr().out) and flag in printed

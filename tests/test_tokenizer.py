@@ -184,14 +184,17 @@ def test_control_tokens_keep_their_ids_wherever_they_stand_in_the_vocabulary(tmp
     special = {token: place + i for i, token in enumerate(TRAINED.special)}
     added = {"<think>": place + 3, "<think>the": place + 4}
     ours = Tokenizer("moved", GPT4_PATTERN, ranks, special, added=added, begin=place + 1)
-    text = "<|im_start|>user\nthe small<|im_end|>\n<|endoftext|>model"
-    for begin in ([], [ours.begin]):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(ours, begin=bool(begin))))
+    text, plain = "<|im_start|>user\nthe small<|im_end|>\n<|endoftext|>model", to_tokenizer_json(ours, begin=True)
+    begins = plain["post_processor"]
+    as_llama3 = {"type": "Sequence", "processors": [plain["decoder"], begins]}  # since its authors mended it
+    for begin, steps in ([], None), ([ours.begin], begins), ([ours.begin], as_llama3):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(plain | {"post_processor": steps}))
         theirs = theirs_in(tmp_path)
         assert theirs.encode(text).ids == begin + ours.encode(text, control=True).tolist()
         for found in ("the <think> small<think>the 12 <thin", "<think>"):
             assert theirs.encode(found).ids == begin + ours.encode(found).tolist()
-    assert load_tokenizer(tmp_path) == ours and not {*ours.special.values()} & {*ours.encode(text).tolist()}
+        assert (load_tokenizer(tmp_path) == ours) == bool(begin)
+    assert not {*ours.special.values()} & {*ours.encode(text).tolist()}
 
 
 def test_each_document_begins_with_the_token_that_begins_a_text(call, monkeypatch, tmp_path):
