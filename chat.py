@@ -67,7 +67,7 @@ def parts_of(template: Template, messages: list[Message], ask: bool = False) -> 
     texts, marked = [], []  # the template is given marks in place of texts, and what it writes is cut at them
     for message in messages:
         answers = message["role"] == "assistant"
-        # The blanks that an answer begins with may be the indentation of code.
+        # The spaces that an answer begins with may be the indentation of code.
         text = message["content"].rstrip() if answers else message["content"].strip()
         # Qwen3's looks for a thought in an answer, so these tags remain.
         pieces = regex.split("(\n*</?think>\n*)", text) if answers and "</think>" in template.jinja else [text]

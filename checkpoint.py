@@ -1,9 +1,9 @@
 """The checkpoints of a run: written in parts, made valid by one small JSON file, read back whole or row by row.
 
-    runs/toy-1/step-00000560.pt                     weights, optimizer state, settings, tokenizer
-    runs/toy-1/step-00000560.json                   the step, and of each file with tensors its bytes and its SHA-256
-    runs/big/step-00000560.1-of-2.5b1e0c.pt         with --shard 2, two processes write the rows that they hold: one
-    runs/big/step-00000560.2-of-2.5b1e0c.pt         file each, whose name also has a mark of this start of the run
+    runs/toy-1/step-00000720.pt                     weights, optimizer state, settings, tokenizer
+    runs/toy-1/step-00000720.json                   the step, and of each file with tensors its bytes and its SHA-256
+    runs/big/step-00000720.1-of-2.5b1e0c.pt         with --shard 2, two processes write the rows that they hold: one
+    runs/big/step-00000720.2-of-2.5b1e0c.pt         file each, whose name also has a mark of this start of the run
     runs/toy-1/best.json                            the JSON of the checkpoint with the lowest val_loss
 
 Without its JSON, which is written last, a checkpoint does not exist. Old ones are removed after that, so that at each

@@ -94,7 +94,7 @@ class Config(GPTConfig):
     out: str | None = None  # folder of the run (default: runs/PRESET-N with the first free N)
     init: str | None = None  # initial weights: a run, a checkpoint, or a published model's folder
 
-    steps: int = 560  # optimizer steps in the schedule
+    steps: int = 720  # optimizer steps in the schedule
     epochs: float | None = None  # passes over the data, instead of steps
     stop_at: int | None = None  # stop and save at this step, without changing the schedule (default: steps)
     batch_tokens: int | None = 4096  # tokens per optimizer step

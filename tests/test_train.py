@@ -678,7 +678,7 @@ def test_a_settings_file_is_checked_as_flags_are(refused, tmp_path, settings, to
 
 
 DEFAULTS = {
-    "data": "data/stdlib", "steps": 560, "epochs": None, "batch_tokens": 4096, "micro_batch": 8, "document_mask": False,
+    "data": "data/stdlib", "steps": 720, "epochs": None, "batch_tokens": 4096, "micro_batch": 8, "document_mask": False,
     "optimizer": "muon", "lr": 8e-3, "warmup": 0.02, "decay": 0.5, "weight_decay": 0.1, "momentum": 0.8, "grad_clip": 1,
     "skip_bad_steps": 0, "dtype": "auto", "recompute": False, "compile": None, "device": None, "shard": 1, "seed": 1,
     "timeout": 600, "eval_every": 200, "eval_tokens": 2**20, "save_every": 200, "log_every": 20, "keep": 2,
