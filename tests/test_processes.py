@@ -215,6 +215,7 @@ def test_a_process_that_computes_for_ever_answers_a_signal_and_ends_with_the_sec
     (2, ["--data", "nowhere"], "nowhere is no data set"), (2, ["--device", "abacus"], "--device abacus cannot be used"),
     (2, ["--vocab_size", "100"], "a vocabulary of 100 is too small"),
     (2, ["--seq_len", "4096", "--batch_tokens", "32768"], "4096 tokens: use --seq_len 1024, or add text"),
+    (2, ["--out", "parts", "--shard", 2, "--steps", 1], "rank 0 does not see step-00000001.2-of-2"),
     (3, [], "cannot share 2 micro-batches equally: use 1, 2, another --micro_batch, or --batch_tokens 192"),
 ])
 def test_ranks_that_cannot_train_say_so_once_and_end(call, data, tmp_path, n, flags, told):
@@ -226,6 +227,7 @@ def test_ranks_that_cannot_train_say_so_once_and_end(call, data, tmp_path, n, fl
         (node / "taken" / "config.json").touch()
         (node / "text.txt").write_text(words(500, seed=rank))
         call(prepare, node / "text.txt", "--tokenizer", "byte", "--val_fraction", 0.1, "--out", node / "set")
+        (node / "parts").mkdir()
     (node / "r").mkdir()
     (node / "r" / "step-00000005.json").touch()
     ranks = Ranks(lambda rank: tmp_path / f"node{rank}", *SMALL, "--data", data, *flags, n=n)
