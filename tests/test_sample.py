@@ -122,7 +122,7 @@ def test_interactive_answers_each_line_of_a_pipe_that_is_not_blank_in_any_encodi
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \n\ncaf\xe9 \nexit\n"), encoding="utf-8"))
     call(sample, run, "--interactive", "--tokens", 5)
     assert re.match("(?s)the .*\ncaf\ufffd .*\nexit", capfd.readouterr().out)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n \n\ntwo\n"))
     monkeypatch.setattr(sample, "continuations", Mock(side_effect=KeyboardInterrupt))
     call(sample, run, "--interactive")
     assert sample.continuations.call_count == 2
