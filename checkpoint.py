@@ -234,7 +234,7 @@ class Saver:
             return None
         (part, step, best_loss), self.pending, run = self.pending, None, Path(self.config.out)
         error = part.exception()
-        problem = error and f"{error or type(error).__name__}"
+        problem = error and (str(error) or type(error).__name__)
         written = None if problem else part.result()
         parts, problems = zip(*from_all_ranks((written, problem)))
         problem, is_valid = next(filter(None, problems), None), False

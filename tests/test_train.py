@@ -473,20 +473,21 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_is_w
     assert load_checkpoint(run)[0]["step"] == 20 and not list(run.glob("*.partial"))
 
 
-def test_a_save_that_fails_is_tried_again_at_the_next_and_is_not_the_best(trained, monkeypatch, capsys):
+@pytest.mark.parametrize("error, told", [(OSError("no room"), "no room"), (MemoryError(), "MemoryError")])
+def test_a_save_that_fails_is_tried_again_at_the_next_and_is_not_the_best(trained, monkeypatch, capsys, error, told):
     write_part, steps, losses = checkpoint.write_part, [], iter([(1.0, 0.1), (2.0, 0.1), (3.0, 0.1)])
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
 
     def once_without_room(run, step, *more):
         steps.append(step)
         if step == 5:
-            raise OSError("no room")
+            raise error
         return write_part(run, step, *more)
 
     monkeypatch.setattr(checkpoint, "write_part", once_without_room)
     run = trained("r", "--steps 15 --save_every 5 --eval_every 5")
     assert json.loads((run / "best.json").read_text())["step"] == 10
-    assert "cannot save in r (no room); trying again" in capsys.readouterr().out
+    assert f"cannot save in r ({told}); trying again" in capsys.readouterr().out
     assert steps == [5, 10, 15] and [state_of(run, step)["step"] for step in (10, 15)] == [10, 15]
 
 
