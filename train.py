@@ -561,16 +561,14 @@ class Verification:
 
     def check(self, wait: bool = False) -> None:
         """Stop all ranks if one has found damage, or else wait until all have read their share, if that is wanted."""
-        said = False
-        while True:
+        for tries in itertools.count():
             is_reading, is_damaged = any_rank(self.thread.is_alive(), self.damage)
             if is_damaged:
                 stop_all_ranks(next(filter(None, from_all_ranks(self.damage))))
             if not (wait and is_reading):
                 return
-            if not said:
+            if tries == 0:
                 print("saving waits for the end of reading the data, of which the SHA-256 is compared", flush=True)
-                said = True
             self.thread.join(0.1)
 
 
@@ -1129,7 +1127,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     hints = get_type_hints(Config)
     for title, cls in (("training", Config), ("model", GPTConfig)):
         group = parser.add_argument_group(title)
-        for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE):
+        source = Path(inspect.getfile(cls)).read_text(encoding="utf-8")  # inspect.getsource would parse all of it
+        lines = re.split(r"\n(?=\S)", source.partition(f"\nclass {cls.__name__}")[2], maxsplit=1)[0]
+        for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", lines, re.MULTILINE):
             legal, default = get_args(hints[name]) or (hints[name],), getattr(cls, name)
             text += f" ({default})" if default is not None else ""
             if isinstance(legal[0], str):  # Literal["muon", "adamw"]

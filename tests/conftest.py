@@ -1,8 +1,6 @@
 """Shared by the tests: a small data set, a small run, and ways to run the scripts."""
 
 import contextlib
-import functools
-import inspect
 import json
 import multiprocessing
 import os
@@ -41,8 +39,6 @@ WORDS = ["the", "a", "small", "model", "learns", "to", "write", "what", "it", "h
 TINY = split("--n_layer 2 --n_head 2 --n_kv_head 1 --n_embd 32 --seq_len 16 --batch_tokens 128 --micro_batch 4")
 TINY += ["--dtype", "float32"]  # so that results do not depend on the machine
 TINY_FLOPS = 6 * (2 * (3 * 32 * 32 + 3 * 32 * 128) + 32 * 259) + 12 * 2 * 32 * 16  # per token of `data`, by hand
-
-inspect.getsource = functools.cache(inspect.getsource)  # with which each main() of train.py reads its help anew
 
 MACHINE = train.Machine(torch.device("cpu"), contextlib.nullcontext(), False, None, {})
 

@@ -1,8 +1,6 @@
 """Runs scripts in processes forked from a server that has already imported torch, which saves seconds per process."""
 
 import contextlib
-import functools
-import inspect
 import multiprocessing
 import os
 import runpy
@@ -22,15 +20,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-inspect.getsource = functools.cache(inspect.getsource)  # where train.py finds its flags, each time that it is called
-
 with contextlib.suppress(ImportError):
     import torch.utils.tensorboard
 
 import plan  # noqa: E402, F401 - and with it everything that the scripts import
 import train  # noqa: E402
-
-train.make_parser("")  # fills the cache
 
 
 def run_script(script: str | Path | None, arguments: list[str], folder: Path, env: dict, files: list[Path]) -> None:
