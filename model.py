@@ -492,7 +492,8 @@ class GPT(nn.Module):
         if reduction == "none":
             rows = rows_at_once(x.device.type, len(head))
             parts = zip(x.split(rows), targets.flatten().split(rows))
-            return torch.cat([self.token_losses(part, head, its) for part, its in parts]).view_as(targets)
+            losses = [self.token_losses(part, head, part_targets) for part, part_targets in parts]
+            return torch.cat(losses).view_as(targets)
         loss = TotalLoss.apply(x, head, targets.flatten(), self.token_losses) / (targets != -100).sum()
         if self.training:
             loss = loss + sum(layer.router_loss for layer in self.expert_layers())

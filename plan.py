@@ -177,10 +177,10 @@ def cluster_plan(given: dict, gpu: str, gpus: int, mfu: float) -> Iterator[str]:
 
     compute = compute_seconds(model, config, gpu, gpus, mfu)
     traffic, waiting = traffic_seconds(model, config, gpus, device.link, compute)
-    compute += muon_seconds(model, config, gpu, gpus, mfu)
-    seconds = compute + waiting
+    muon = muon_seconds(model, config, gpu, gpus, mfu)  # in which no gradient travels
+    seconds = compute + muon + waiting
     days = config.steps * seconds / 86400
-    yield f"compute    {flops * tokens:.3g} FLOP, {compute:,.3g} s per step"
+    yield f"compute    {flops * tokens:.3g} FLOP, {compute + muon:,.3g} s per step"
     yield f"network    {traffic:,.3g} s per step on the slowest link; {waiting:,.3g} s do not overlap with compute"
     speed = f"{seconds:,.3g} s per step, {config.batch_tokens / seconds:,.0f} tokens/s"
     duration = f"{days:,.1f} days" if days > 1 else clock(days * 86400)
