@@ -74,12 +74,12 @@ def test_cached_logits_equal_uncached_ones_up_to_the_last_position(kind):
 @every_kind
 def test_greedy_text_is_the_same_without_a_cache_and_beyond_the_context(kind):
     model, tokens = make(kind), random_tokens(1, 10)
-    cached = [ids.item() for ids in islice(generate(model, tokens, temperature=0), 40)]
+    cached = [ids.item() for ids in islice(generate(model, tokens, n_vocab=50, temperature=0), 40)]
     window, uncached = tokens, []
     for _ in range(40):
         if window.size(1) > 24:
             window = window[:, -12:]
-        uncached.append(model(window)[0, -1].argmax().item())
+        uncached.append(model(window)[0, -1, :50].argmax().item())
         window = torch.cat((window, torch.tensor([uncached[-1:]])), dim=1)
     assert cached == uncached
 
@@ -111,15 +111,6 @@ def test_a_new_model_guesses_uniformly_and_each_of_its_blocks_is_the_identity(ki
 
 
 @every_kind
-def test_bfloat16_autocast_changes_logits_little(kind):
-    model, tokens = make(kind, std=0.1), random_tokens(2, 24)
-    exact = model(tokens)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(tokens)
-    assert (rounded - exact).norm() < 0.05 * exact.norm()
-
-
-@every_kind
 def test_one_batch_is_learned_by_heart(kind):
     torch.manual_seed(0)
     model, tokens = GPT(GPTConfig(**KINDS[kind])), random_tokens(2, 25)
@@ -132,23 +123,22 @@ def test_one_batch_is_learned_by_heart(kind):
     assert loss.item() < 0.2  # below 4.1 for a guess; the first token of a sequence alone can't be known for sure
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("rows", [7, 100])
-@pytest.mark.parametrize("kind", ["today", "grok"])  # grok: a tied head, a scale of its logits
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@every_kind
 def test_loss_and_gradients_are_those_of_the_mean_cross_entropy(kind, rows, dtype, tolerance, monkeypatch):
     """However many tokens are taken at once, with two thirds of the targets counted."""
     monkeypatch.setattr(models, "rows_at_once", lambda *_: rows)
     model, tokens = make(kind, std=0.1), random_tokens(2, 24)
     counted = tokens % 3 > 0
     targets = torch.where(counted, tokens // 2, -100)
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        logs = model(tokens).float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    logs = model(tokens).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         each, loss = model(tokens, targets, reduction="none"), model(tokens, targets)
-    torch.testing.assert_close(each, torch.where(counted, -logs, 0.0))
-    torch.testing.assert_close(loss, mean := -logs[counted].mean())
-    expected, actual = (torch.autograd.grad(0.5 * value, [*model.parameters()]) for value in (mean, loss))
-    for a, b in zip(expected, actual):
-        assert (a - b).norm() <= tolerance * a.norm()
+    mean = -logs[counted].mean()
+    gradients = (torch.autograd.grad(0.5 * value, [*model.parameters()]) for value in (mean, loss))
+    for a, b in ((torch.where(counted, -logs, 0.0), each), (mean, loss), *zip(*gradients)):
+        assert (a - b).norm() <= tolerance * (a.norm() + 0.01)  # some gradients are zero but for rounding
 
 
 RELEASED = {  # parameters, layers, channels of all keys in a layer, and active parameters where they are fewer
