@@ -61,8 +61,7 @@ def slow_faults(data, tmp_path_factory):
 
 @pytest.fixture
 def start(data, tmp_path):
-    """start("--steps 9", 3) trains in 3 processes, perhaps with a change of train.py; start("--out r --resume") goes on
-    in two."""
+    """start("--steps 9", 3, change) trains in 3 processes, start("--out r --resume") goes on in two."""
 
     def start_small(flags: str, n: int = 2, change: str | None = None) -> Ranks:
         new = [] if "--resume" in flags else [*SMALL, "--data", data, "--out", "r"]
