@@ -121,7 +121,7 @@ RESAVE = """
 def test_any_number_of_ranks_loads_what_any_other_has_saved(call, data, start, tmp_path):
     """Bit for bit: of one process, 3 shards, 2 copies of 2 shards each, and again of one. The newest checkpoint of the
     3 shards has a damaged part, which one rank finds and all skip."""
-    flags = "--tied --n_layer 1 --n_expert 3 --n_inner 20 --steps 9 --stop_at 2 --batch_tokens 768 --eval_tokens 16"
+    flags = "--n_layer 1 --n_expert 3 --n_inner 20 --steps 9 --stop_at 2 --batch_tokens 768 --eval_tokens 16"
     call(train, *SMALL, "--data", data, *split(f"{flags} --save_every 1 --keep 9 --out r"))
     for step, n, shard in (4, 3, 3), (5, 4, 2), (6, 1, 1):
         printed = start(f"--out r --resume --stop_at {step} --shard {shard}", n, RESAVE).finish().printed

@@ -77,7 +77,7 @@ TEXT, QUESTION = [256, *b"a b"], [257, *b"user\na b", 258, *b"\n", 257, *b"assis
 def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(
     call, data, monkeypatch, capsys, script, way, ids, shown, temperature, n_tokens
 ):
-    """Here digits. The model has 41 ids more than the tokenizer."""
+    """Here they are digits in turn. The model has 41 ids more than the tokenizer."""
     call(train, *TINY, *split("--vocab_size 300 --seq_len 64 --batch_tokens 256 --steps 1 --out r --data"), data)
     arrived = []
 
@@ -89,8 +89,8 @@ def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(
     flags = "--temperature 0.7 --top_k 299 --top_p 0.99 --tokens 9 --stop 67 --seed 5 --int8 --device cpu"
     given = {"temperature": 0.7, "top_k": 299, "top_p": 0.99, "n_tokens": 9}
     default = {"temperature": temperature, "top_k": None, "top_p": None, "n_tokens": n_tokens}
-    told = ("0123456789" * 20)[:n_tokens]
-    for more, head, options, told in (flags, "Int8Linear", given, "012345"), ("", "Linear", default, told):
+    counted = ("0123456789" * 20)[:n_tokens]
+    for more, head, options, told in (flags, "Int8Linear", given, "012345"), ("", "Linear", default, counted):
         monkeypatch.setattr("sys.stdin", io.StringIO("a b\n\n"))
         capsys.readouterr()
         call(script, "r", *way, *split(more))
@@ -99,7 +99,7 @@ def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(
         assert capsys.readouterr().out == f"{shown}{told}\n"
 
 
-def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, monkeypatch):
+def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys):
     (run.parent / "runs").mkdir()
     run.rename(run.parent / "runs" / "mine")
     call(sample, "--tokens", 3)
@@ -160,18 +160,16 @@ def test_text_is_written_in_utf8_on_any_platform(run, tmp_path):
     assert "\ufffd" in done.stdout.decode()
 
 
+WRONG = ["--n 0", "--tokens -1", "--temperature -1.0", "--temperature nan", "--temperature 1e-40", f"--seed {10**23}"]
+WRONG += ["--top_k 0", "--top_p 1.5", "--device nowhere"]
+
+
 @pytest.mark.parametrize("arguments, told", [
-    ([], "python train.py"), (["nowhere"], "no file or folder nowhere"), (["x" * 300], "File name too long"),
-    (["--n", 0], "--n 0"), (["--tokens", -1], "--tokens -1"),
-    (["--temperature", -1], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
-    (["--temperature", "1e-40"], "--temperature 1e-40"), (["--seed", 10**23], f"--seed {10**23}"),
-    (["--top_k", 0], "--top_k 0"), (["--top_p", 1.5], "--top_p 1.5"),
-    (["--device", "nowhere"], "--device nowhere"),
-    (["--prompt", "\ud800"], "not UTF-8"),
+    *((f"run {wrong}", wrong) for wrong in WRONG), ("run --prompt \ud800", "not UTF-8"), ("", "python train.py"),
+    ("nowhere", "no file or folder nowhere"), ("x" * 300, "File name too long"),
 ])
 def test_bad_input_is_one_sentence(refused, run, arguments, told):
-    about_run = arguments and arguments[0].startswith("-")
-    assert told in refused(sample, *([run] if about_run else []), *arguments)
+    assert told in refused(sample, *split(arguments))
 
 
 @pytest.mark.parametrize("folder, told", [("x" * 300, "too long"), ("file/x", "Not a directory"), ("full", "no space")])
