@@ -122,8 +122,9 @@ def test_one_batch_is_learned_by_heart(kind):
     assert loss.item() < 0.2  # below 4.1 for a guess; the first token of a sequence alone can't be known for sure
 
 
-@pytest.mark.parametrize("rows, training", [(7, False), (100, True)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("rows, training, dtype, tolerance", [
+    (7, False, torch.float32, 1e-6), (100, True, torch.float32, 1e-6), (7, True, torch.bfloat16, 0.01),
+])
 @every_kind
 def test_loss_and_gradients_are_those_of_the_mean_cross_entropy(kind, rows, training, dtype, tolerance, monkeypatch):
     """In training, with the routers' losses. However many tokens are taken at once; two thirds of the targets count."""

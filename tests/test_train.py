@@ -74,11 +74,11 @@ def test_a_resume_with_other_sizes_goes_on_where_the_data_was_left(trained, monk
 
 
 def test_each_micro_batch_has_a_dropout_of_its_own_with_each_seed(trained, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(torch, "manual_seed", drawn.append)
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
     for seed in (1, 2):
         trained(f"r{seed}", f"--steps 3 --batch_tokens 256 --seed {seed}")
-    assert len(set(drawn)) == len(drawn) == 2 * 3 * 256 // (4 * 16)
+    assert len(set(seeds)) == len(seeds) == 2 * 3 * 256 // (4 * 16)
 
 
 @pytest.mark.parametrize("optimizer, clip", [("muon", 0), ("adamw", 0.25)])
