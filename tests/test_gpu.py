@@ -14,7 +14,7 @@ from forked import ACCELERATOR, ENVIRONMENT
 
 import plan
 import train
-from model import GPT, PRESETS
+from model import GPT
 
 DEVICE = os.environ.get("NANOFACTORY_TEST_DEVICE", ACCELERATOR and ACCELERATOR.type)
 pytestmark = pytest.mark.skipif(not DEVICE, reason="no accelerator here")
@@ -84,11 +84,10 @@ def test_greedy_text_is_that_of_the_cpu(trained):
 @pytest.mark.skipif(DEVICE == "cpu", reason="torch does not count the memory of a CPU")
 @pytest.mark.parametrize("more", [[], ["--recompute"]])
 def test_the_peak_of_memory_is_the_planned_one(data, tmp_path, more):
-    settings = {**PRESETS["gpt2"], "n_layer": 4, "micro_batch": 8, "batch_tokens": 16384, "dtype": "bfloat16"}
-    config = train.Config(**settings, recompute=bool(more))
+    flags = "--preset gpt2 --n_layer 4 --micro_batch 8 --batch_tokens 16384 --dtype bfloat16 --steps 3".split() + more
+    config = train.build_config(vars(train.make_parser("").parse_args(flags)))
     with torch.device("meta"):
         planned = sum(plan.memory_parts(GPT(config), config, 1).values())
     code = "import torch, train; train.main(); print('peak', torch.accelerator.max_memory_allocated())"
-    flags = "--preset gpt2 --n_layer 4 --micro_batch 8 --batch_tokens 16384 --dtype bfloat16 --steps 3".split()
-    printed = start(tmp_path, "-c", code, *flags, "--data", data, "--out", "run", *more)
+    printed = start(tmp_path, "-c", code, *flags, "--data", data, "--out", "run")
     assert int(re.search(r"peak (\d+)", printed)[1]) == pytest.approx(planned, rel=0.2)

@@ -1,7 +1,6 @@
 """model.py: the arithmetic of a GPT, each claim against something computed in another way."""
 
 import dataclasses
-import json
 import math
 from functools import partial
 from itertools import combinations, islice
@@ -74,12 +73,12 @@ def test_cached_logits_equal_uncached_ones_up_to_the_last_position(kind):
 @every_kind
 def test_greedy_text_is_the_same_without_a_cache_and_beyond_the_context(kind):
     model, tokens = make(kind), random_tokens(1, 10)
-    cached = [ids.item() for ids in islice(generate(model, tokens, temperature=0), 40)]
+    cached = [ids.item() for ids in islice(generate(model, tokens, n_vocab=50, temperature=0), 40)]
     window, uncached = tokens, []
     for _ in range(40):
         if window.size(1) > 24:
             window = window[:, -12:]
-        uncached.append(model(window)[0, -1].argmax().item())
+        uncached.append(model(window)[0, -1, :50].argmax().item())
         window = torch.cat((window, torch.tensor([uncached[-1:]])), dim=1)
     assert cached == uncached
 
@@ -110,15 +109,6 @@ def test_a_new_model_guesses_uniformly_and_each_of_its_blocks_is_the_identity(ki
         assert torch.equal(block(x, angles, None, None), x)
 
 
-@every_kind
-def test_bfloat16_autocast_changes_logits_little(kind):
-    model, tokens = make(kind, std=0.1), random_tokens(2, 24)
-    exact = model(tokens)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(tokens)
-    assert (rounded - exact).norm() < 0.05 * exact.norm()
-
-
 def test_attention_written_out_in_bfloat16_is_that_of_torch_which_drops_weights():
     q, k, v = (3 * torch.randn(2, heads, 40, 16) for heads in (4, 2, 2))
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -141,23 +131,23 @@ def test_one_batch_is_learned_by_heart(kind):
     assert loss.item() < 0.2  # below 4.1 for a guess; the first token of a sequence alone can't be known for sure
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("rows", [7, 100])
-@pytest.mark.parametrize("kind", ["today", "grok"])  # grok: a tied head, a scale of its logits
-def test_loss_and_gradients_are_those_of_the_mean_cross_entropy(kind, rows, dtype, tolerance, monkeypatch):
-    """However many tokens are taken at once, with two thirds of the targets counted."""
+@pytest.mark.parametrize("rows, training, dtype, tolerance", [
+    (7, False, torch.float32, 1e-6), (100, True, torch.float32, 1e-6), (7, True, torch.bfloat16, 0.01),
+])
+@every_kind
+def test_loss_and_gradients_are_those_of_the_mean_cross_entropy(kind, rows, training, dtype, tolerance, monkeypatch):
+    """In training, with the routers' losses. However many tokens are taken at once; two thirds of the targets count."""
     monkeypatch.setattr(models, "rows_at_once", lambda *_: rows)
-    model, tokens = make(kind, std=0.1), random_tokens(2, 24)
+    model, tokens = make(kind, std=0.1).train(training), random_tokens(2, 24)
     counted = tokens % 3 > 0
     targets = torch.where(counted, tokens // 2, -100)
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        logs = model(tokens).float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    logs = model(tokens).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    mean = training * sum(layer.router_loss for layer in model.expert_layers()) - logs[counted].mean()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         each, loss = model(tokens, targets, reduction="none"), model(tokens, targets)
-    torch.testing.assert_close(each, torch.where(counted, -logs, 0.0))
-    torch.testing.assert_close(loss, mean := -logs[counted].mean())
-    expected, actual = (torch.autograd.grad(0.5 * value, [*model.parameters()]) for value in (mean, loss))
-    for a, b in zip(expected, actual):
-        assert (a - b).norm() <= tolerance * a.norm()
+    gradients = (torch.autograd.grad(0.5 * value, [*model.parameters()]) for value in (mean, loss))
+    for a, b in ((torch.where(counted, -logs, 0.0), each), (mean, loss), *zip(*gradients)):
+        assert (a - b).norm() <= tolerance * (a.norm() + 0.01)  # some gradients are zero but for rounding
 
 
 RELEASED = {  # parameters, layers, channels of all keys in a layer, and active parameters where they are fewer
@@ -188,8 +178,6 @@ def test_a_published_model_has_as_many_parameters_as_its_authors_released(call, 
     assert table["mixtral-8x7b"][2] == 6 * (12_879_925_248 - (32000 + 65) * 4096) + 12 * 32 * 4096 * 32768
 
 
-GROK_SIZES = {"vocab_size": "vocab_size", "n_layers": "n_layer", "n_q_heads": "n_head", "n_kv_heads": "n_kv_head",
-              "d_model": "n_embd", "key_size": "head_dim", "d_ff": "n_inner"}
 GROK_LAYER = {"attn_norm_in": "attention_norm", "attn_norm_out": "attention_post_norm", "ffn_norm_in": "mlp_norm",
               "ffn_norm_out": "mlp_post_norm", "q": "attention.query", "k": "attention.key", "v": "attention.value",
               "o": "attention.out", "router": "mlp.router"}
@@ -197,19 +185,18 @@ GROK_LAYER = {"attn_norm_in": "attention_norm", "attn_norm_out": "attention_post
 
 def test_grok_computes_what_the_code_that_xai_released_computes_with_and_without_a_cache():
     golden = np.load(Path(__file__).with_name("golden") / "grok1_tiny_a.npz")
-    c = json.loads(str(golden["config"]))
-    shape = {ours: c[theirs] for theirs, ours in GROK_SIZES.items()}
-    model = GPT(GPTConfig(**{**models.PRESETS["grok-1"], **shape, "seq_len": 24})).eval()
+    sizes = {"vocab_size": 96, "seq_len": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "n_inner": 344}
+    model = GPT(GPTConfig(**{**models.PRESETS["grok-1"], **sizes})).eval()
 
     def tensor(name):
         return torch.from_numpy(golden[name].astype(np.float32))
 
     state = {f"{name}.weight": tensor("embedding") for name in ("embedding", "head")}
     state["norm.weight"] = tensor("final_norm")
-    for i in range(c["n_layers"]):
+    for i in range(2):
         for theirs, ours in GROK_LAYER.items():
             state[f"blocks.{i}.{ours}.weight"] = tensor(f"layers.{i}.{theirs}").t()  # which leaves vectors as they are
-        for e in range(c["n_experts"]):
+        for e in range(8):
             for part in ("gate", "up", "down"):
                 state[f"blocks.{i}.mlp.experts.{e}.{part}.weight"] = tensor(f"layers.{i}.expert_{part}")[e].T
     model.load_state_dict(state)
@@ -252,15 +239,6 @@ def test_the_work_of_experts_grows_with_the_visited_ones_only_and_all_have_gradi
     assert all(p.grad is not None for p in experts.experts.parameters())
 
 
-def test_only_the_training_loss_holds_the_routers_losses():
-    model, tokens = make("mixtral"), random_tokens(2, 24)
-    plain = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-    torch.testing.assert_close(model(tokens, tokens), plain)
-    model.train()
-    routers = sum(layer.router_loss for layer in model.expert_layers())
-    torch.testing.assert_close(model(tokens, tokens), plain + routers)
-
-
 def test_ngram_embeddings_tell_the_last_three_tokens_and_nothing_else():
     """Table by table: the first tells the last two apart, both together the last three."""
     ngrams, tokens = NgramEmbedding(GPTConfig(**SHAPE, ngram_rows=10_000)), random_tokens(1, 100) % 3
@@ -297,20 +275,18 @@ def test_dropout_acts_on_embeddings_attention_weights_and_what_blocks_add_in_tra
             assert found == pytest.approx(shares if training else {kept: 1}, abs=0.02)
 
 
-def test_samples_follow_the_softmax_of_the_logits():
-    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(20_000, 4)
-    drawn = sample_next(logits, temperature=0.5, generator=torch.Generator().manual_seed(0))
-    expected = F.softmax(logits[0] / 0.5, dim=0)
-    torch.testing.assert_close(drawn.bincount(minlength=4) / 20_000, expected, atol=0.015, rtol=0)
-
-
 @pytest.mark.parametrize("temperature, limit, possible, possible_of_another_row", [
-    (0, {}, {3}, {1}), (1, {"top_k": 2}, {3, 0}, {1, 2}), (1, {"top_k": 99}, {0, 1, 2, 3}, {0, 1, 2, 3}),
-    (1, {"top_p": 0.6}, {3}, {1, 2}),  # 3 alone has 0.64; in the other row 1 and 2 have 0.70
-    (1, {"top_p": 0.7}, {3, 0}, {1, 2, 3}), (1, {"top_p": 1.0}, {0, 1, 2, 3}, {0, 1, 2, 3}),
-    (0.5, {"top_p": 0.7}, {3}, {1, 2}),  # lower temperatures make 3 likelier: 0.86
+    (0, {}, [3], [1]), (2, {}, [0, 1, 2, 3], [0, 1, 2, 3]), (1, {"top_k": 2}, [0, 3], [1, 2]),
+    (1, {"top_k": 99}, [0, 1, 2, 3], [0, 1, 2, 3]), (1, {"top_p": 1.0}, [0, 1, 2, 3], [0, 1, 2, 3]),
+    (1, {"top_p": 0.6}, [3], [1, 2]),  # 3 alone has 0.64; in the other row 1 and 2 have 0.70
+    (1, {"top_p": 0.7}, [0, 3], [1, 2, 3]),
+    (0.5, {"top_p": 0.7}, [3], [1, 2]),  # lower temperatures make 3 likelier: 0.86
 ])
-def test_top_k_and_top_p_keep_just_the_likeliest_of_each_row(temperature, limit, possible, possible_of_another_row):
-    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0], [4.0, 9.0, 8.9, 8.8]]).repeat(5000, 1)
-    drawn = sample_next(logits, temperature, **limit, generator=torch.Generator().manual_seed(0)).tolist()
-    assert (set(drawn[::2]), set(drawn[1::2])) == (possible, possible_of_another_row)
+def test_samples_follow_the_softmax_of_the_likeliest_alone(temperature, limit, possible, possible_of_another_row):
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0], [4.0, 9.0, 8.9, 8.8]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample_next(logits.repeat(20_000, 1), temperature, **limit, generator=generator).view(20_000, 2)
+    for row, ids in enumerate([possible, possible_of_another_row]):
+        expected = F.softmax(logits[row, ids] / (temperature or 1), dim=0)
+        assert drawn[:, row].unique().tolist() == ids
+        torch.testing.assert_close(drawn[:, row].bincount()[ids] / 20_000, expected, atol=0.015, rtol=0)

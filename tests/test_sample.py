@@ -1,6 +1,7 @@
 """sample.py: from a checkpoint to characters on a terminal."""
 
 import io
+import itertools
 import os
 import random
 import re
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from unittest.mock import Mock, create_autospec
+from shlex import split
+from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import ROOT, TINY
 
 import chat
-import model as models
 import prepare
 import published
 import sample
@@ -53,63 +55,53 @@ def test_text_ends_before_the_stop_text_and_never_shows_a_part_of_it():
 
 
 def test_a_seed_repeats_a_draw_and_greedy_text_is_the_same_in_a_batch_and_alone(call, run, capsys):
+    """Text of the likeliest token alone is greedy, too."""
     texts = []
-    for how in (["--seed", 1], ["--seed", 1], ["--seed", 2], ["--temperature", 0], ["--temperature", 0, "--n", 1]):
-        call(sample, run, "--n", 3, "--prompt", "the small", "--tokens", 40, *how)  # context 16: the window slides
+    hows = "--seed 1", "--seed 1", "--seed 2", "--temperature 0", "--top_k 1", "--top_p 1e-9", "--temperature 0 --n 1"
+    for how in hows:
+        call(sample, run, "--n", 3, "--prompt", "the small", "--tokens", 40, *how.split())  # beyond the context of 16
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert len({text.partition("\n")[2] for text in texts[0].split("--- ")[1:]}) == 3
-    assert texts[3] == "".join(f"--- {i} of 3\n{texts[4]}" for i in (1, 2, 3))
-    assert texts[4].startswith("the small") and len(texts[4]) > 20
+    assert texts[3] == texts[4] == texts[5] == "".join(f"--- {i} of 3\n{texts[6]}" for i in (1, 2, 3))
+    assert texts[6].startswith("the small") and len(texts[6]) > 20
 
 
-def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(call, data, monkeypatch, capsys, tmp_path):
-    """In all ways to ask. The model has 41 ids more than the tokenizer, and finds all ids equally likely."""
-    sizes = ["--vocab_size", 300, "--seq_len", 64, "--batch_tokens", 256]
-    call(train, *TINY, *sizes, "--data", data, "--out", "r", "--steps", 1, "--lr", 0)
-    draw = Mock(wraps=models.sample_next)
-    forward = create_autospec(models.GPT.forward, side_effect=models.GPT.forward)
-    monkeypatch.setattr(models, "sample_next", draw)
-    monkeypatch.setattr(models.GPT, "forward", forward)
+TEXT, QUESTION = [256, *b"a b"], [257, *b"user\na b", 258, *b"\n", 257, *b"assistant\n"]
 
-    def texts(*flags) -> list[str]:
-        draw.reset_mock(), forward.reset_mock(), capsys.readouterr()
+
+@pytest.mark.parametrize("script, way, ids, shown, temperature, n_tokens", [
+    (sample, ["--prompt=a b"], TEXT, "a b", 0.8, 200), (sample, ["--interactive"], TEXT, "a b", 0.8, 200),
+    (chat, [], QUESTION, "", 0.0, 64 - len(QUESTION)),  # an answer ends with the context
+])
+def test_every_flag_and_every_default_arrives_where_tokens_are_drawn(
+    call, data, monkeypatch, capsys, script, way, ids, shown, temperature, n_tokens
+):
+    """Here they are digits in turn. The model has 41 ids more than the tokenizer."""
+    call(train, *TINY, *split("--vocab_size 300 --seq_len 64 --batch_tokens 256 --steps 1 --out r --data"), data)
+    arrived = []
+
+    def digits(model, tokens, n_vocab, generator, cache=None, **options):
+        arrived.append((type(model.head).__name__, tokens.tolist(), n_vocab, options, generator.initial_seed()))
+        yield from (torch.tensor([ord("0") + i % 10]) for i in itertools.count())
+
+    monkeypatch.setattr(sample, "generate", digits)
+    flags = "--temperature 0.7 --top_k 299 --top_p 0.99 --tokens 9 --stop 67 --seed 5 --int8 --device cpu"
+    given = {"temperature": 0.7, "top_k": 299, "top_p": 0.99, "n_tokens": 9}
+    default = {"temperature": temperature, "top_k": None, "top_p": None, "n_tokens": n_tokens}
+    counted = ("0123456789" * 20)[:n_tokens]
+    for more, head, options, told in (flags, "Int8Linear", given, "012345"), ("", "Linear", default, counted):
         monkeypatch.setattr("sys.stdin", io.StringIO("a b\n\n"))
-        call(*([chat, "r"] if flags[0] == "chat" else [sample, "r", flags[0]]), *flags[1:])
-        written = re.split(r"--- \d of 8\n", capsys.readouterr().out)[-8:]
-        return [text.removesuffix("\n").removeprefix("a b") for text in written]
-
-    def first() -> tuple[str, list, dict, int]:
-        """The kind of model that drew the first token, what it read, with which options, and with which seed."""
-        (model, tokens), ((logits,), options) = forward.call_args_list[0].args, draw.call_args_list[0]
-        assert logits.size(-1) == 259
-        seed = options.pop("generator").initial_seed()
-        return type(model.head).__name__, tokens.tolist(), options, seed
-
-    text, asked = [256, *b"a b"], [257, *b"user\na b", 258, *b"\n", 257, *b"assistant\n"]
-    options = {"temperature": 0.7, "top_k": 299, "top_p": 0.99}
-    flags = "--temperature 0.7 --top_k 299 --top_p 0.99 --tokens 9 --seed 5 --int8 --device cpu".split()
-    for way, ids in {"--prompt=a b": text, "--interactive": text, "chat": asked}.items():
-        n = 8 if "prompt" in way else 1
-        many = [] if way == "chat" else ["--n", n]
-        whole = texts(way, *flags, *many)
-        assert first() == ("Int8Linear", [ids] * n, options, 5)
-        assert draw.call_count <= 9 and len(whole) == n
-        stop = whole[-1][2:4]
-        assert texts(way, *flags, *many, f"--stop={stop}") == [one.partition(stop)[0] for one in whole]
-        texts(way, "--tokens", 1)
-        defaults = {"temperature": 0.0 if way == "chat" else 0.8, "top_k": None, "top_p": None}
-        *found, seed = first()
-        assert found == ["Linear", [ids], defaults]
-        texts(way, "--temperature", 0)  # always id 0, which ends nothing
-        room = 64 - len(asked) if way == "chat" else 200  # an answer ends with the context
-        assert first()[-1] != seed and draw.call_count == room
+        capsys.readouterr()
+        call(script, "r", *way, *split(more))
+        *found, seed = arrived.pop()
+        assert found == [head, [ids], 259, options] and (seed == 5) == (more == flags)
+        assert capsys.readouterr().out == f"{shown}{told}\n"
 
 
-def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys, monkeypatch):
-    run.rename(run.parent / "moved")
+def test_the_newest_run_and_the_best_checkpoint_can_be_named(call, run, capsys):
     (run.parent / "runs").mkdir()
-    (run.parent / "moved").rename(run.parent / "runs" / "mine")
+    run.rename(run.parent / "runs" / "mine")
     call(sample, "--tokens", 3)
     assert "runs/mine/step-00000020.json" in capsys.readouterr().err
     for named in ("best.json", "step-00000015.pt", "step-00000015.json"):
@@ -168,18 +160,16 @@ def test_text_is_written_in_utf8_on_any_platform(run, tmp_path):
     assert "\ufffd" in done.stdout.decode()
 
 
+WRONG = ["--n 0", "--tokens -1", "--temperature -1.0", "--temperature nan", "--temperature 1e-40", f"--seed {10**23}"]
+WRONG += ["--top_k 0", "--top_p 1.5", "--device nowhere"]
+
+
 @pytest.mark.parametrize("arguments, told", [
-    ([], "python train.py"), (["nowhere"], "no file or folder nowhere"), (["x" * 300], "File name too long"),
-    (["--n", 0], "--n 0"), (["--tokens", -1], "--tokens -1"),
-    (["--temperature", -1], "--temperature -1.0"), (["--temperature", "nan"], "--temperature nan"),
-    (["--temperature", "1e-40"], "--temperature 1e-40"), (["--seed", 10**23], f"--seed {10**23}"),
-    (["--top_k", 0], "--top_k 0"), (["--top_p", 1.5], "--top_p 1.5"),
-    (["--device", "nowhere"], "--device nowhere"),
-    (["--prompt", "\ud800"], "not UTF-8"),
+    *((f"run {wrong}", wrong) for wrong in WRONG), ("run --prompt \ud800", "not UTF-8"), ("", "python train.py"),
+    ("nowhere", "no file or folder nowhere"), ("x" * 300, "File name too long"),
 ])
 def test_bad_input_is_one_sentence(refused, run, arguments, told):
-    about_run = arguments and arguments[0].startswith("-")
-    assert told in refused(sample, *([run] if about_run else []), *arguments)
+    assert told in refused(sample, *split(arguments))
 
 
 @pytest.mark.parametrize("folder, told", [("x" * 300, "too long"), ("file/x", "Not a directory"), ("full", "no space")])
