@@ -155,25 +155,6 @@ def full_disks(n: int) -> Iterator[bool]:
         yield is_saved(run) and not strays(run)
 
 
-def old_parts(n: int) -> Iterator[bool]:
-    """one of two ranks stopped in a save, which ends when a later run has gone on: no part of it counts or stays"""
-    flags = "--resume --shard 2 --save_every 1"
-    for i in range(n):
-        process = start(run := f"old{i}", flags, TORCHRUN, until=5)
-        other, stopped = wait_for_save(process, run)
-        os.kill(stopped, signal.SIGSTOP)
-        for pid in (process.pid, other):
-            os.kill(pid, signal.SIGKILL)
-        stop_at = newest(run)["step"] + 5
-        state = finish(run, f"{flags} --stop_at {stop_at}", TORCHRUN)
-        for part, path in enumerate(Path(run).glob(f"step-{stop_at - 1:08d}*.pt"), 1):  # as if of the newest step
-            shutil.copy(path, f"{run}/step-{stop_at:08d}.{part}-of-2.0123abcd.pt")
-        os.kill(stopped, signal.SIGCONT)
-        process.communicate()  # which ends with the last that holds the pipe
-        yield state["step"] == stop_at and same(newest(run), state)
-        yield finish(run, f"{flags} --stop_at {stop_at + 1}", TORCHRUN)["step"] == stop_at + 1 and not strays(run)
-
-
 def resumes(n: int) -> Iterator[bool]:
     """stop and resume, across the end of an epoch: the final bits are those of a run that never stopped"""
     for i in range(n):
@@ -353,7 +334,7 @@ def fuzz(n: int) -> Iterator[bool]:
 FAULTS = {
     "kill": (kills, 50), "resume": (resumes, 10), "flip": (flips, 100), "signal": (signals, 20),
     "rank": (killed_ranks, 3), "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3),
-    "save": (killed_saves, 10), "full": (full_disks, 3), "old": (old_parts, 3),
+    "save": (killed_saves, 10), "full": (full_disks, 3),
     "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
 }
 ROOT_ONLY = {"node", "link"}
