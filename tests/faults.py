@@ -155,25 +155,6 @@ def full_disks(n: int) -> Iterator[bool]:
         yield is_saved(run) and not strays(run)
 
 
-def resumes(n: int) -> Iterator[bool]:
-    """stop and resume, across the end of an epoch: the final bits are those of a run that never stopped"""
-    for i in range(n):
-        state = finish("resumed", f"--resume --steps {12 * n} --stop_at {12 * (i + 1)}")
-    yield same(state, finish("straight", f"--steps {12 * n}"))
-
-
-def flips(n: int) -> Iterator[bool]:
-    """one bit of the newest checkpoint flipped: it is noticed, and the checkpoint before taken"""
-    finish("flipped", "--stop_at 2 --save_every 1")
-    path = Path("flipped/step-00000002.pt")
-    whole = path.read_bytes()
-    for _ in range(n):
-        damaged = bytearray(whole)
-        damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
-        path.write_bytes(damaged)
-        yield newest("flipped")["step"] == 1
-
-
 def signals(n: int) -> Iterator[bool]:
     """SIGTERM or SIGINT to torchrun, SIGUSR1 to one of two ranks: all save the step that they have made"""
     for i in range(n):
@@ -332,7 +313,7 @@ def fuzz(n: int) -> Iterator[bool]:
 
 
 FAULTS = {
-    "kill": (kills, 50), "resume": (resumes, 10), "flip": (flips, 100), "signal": (signals, 20),
+    "kill": (kills, 50), "signal": (signals, 20),
     "rank": (killed_ranks, 3), "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3),
     "save": (killed_saves, 10), "full": (full_disks, 3),
     "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
