@@ -139,22 +139,6 @@ def wait_for_save(process: subprocess.Popen, run: str) -> list[int]:
     return ranks
 
 
-def full_disks(n: int) -> Iterator[bool]:
-    """a disk that is full for one of two ranks that share a model: no checkpoint counts until it can write again"""
-    for i in range(n):
-        process = start(run := f"full{i}", "--shard 2 --save_every 5", TORCHRUN, until=12)
-        rank = workers(process)[1]  # not 0, which also writes the log
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (1000, -1))
-        wait_for_step(process, run, (step := last_step(run)) + 20)
-        yield 5 <= newest(run)["step"] <= step + 1
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (-1, -1))
-        wait_for_step(process, run, last_step(run) + 10)
-        yield newest(run)["step"] > step + 1
-        process.terminate()
-        process.communicate()
-        yield is_saved(run) and not strays(run)
-
-
 def signals(n: int) -> Iterator[bool]:
     """SIGTERM or SIGINT to torchrun, SIGUSR1 to one of two ranks: all save the step that they have made"""
     for i in range(n):
@@ -239,18 +223,6 @@ def flaky_links(n: int) -> Iterator[bool]:
         yield [rank.returncode for rank in ranks] == [0, 0] and same(newest(f"far{i}"), near)
 
 
-def prepares(n: int) -> Iterator[bool]:
-    """kill -9 of prepare.py at random instants: no data set is there, or a whole one"""
-    Path("long.txt").write_text(Path("text.txt").read_text() * 200)
-    for i in range(n):
-        command = [*ALONE, str(ROOT / "prepare.py"), *split(f"long.txt --out cut{i} --tokenizer byte")]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(random.uniform(0.2, 2))
-        process.kill()
-        process.wait()
-        yield refused(lambda i=i: load_dataset(f"cut{i}")) != Path(f"cut{i}/meta.json").exists()
-
-
 def refused(read: Callable) -> bool:
     """Whether a reader ends the program with one sentence and status 2."""
     told = io.StringIO()
@@ -313,10 +285,8 @@ def fuzz(n: int) -> Iterator[bool]:
 
 
 FAULTS = {
-    "kill": (kills, 50), "signal": (signals, 20),
-    "rank": (killed_ranks, 3), "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3),
-    "save": (killed_saves, 10), "full": (full_disks, 3),
-    "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
+    "kill": (kills, 50), "save": (killed_saves, 10), "signal": (signals, 20), "rank": (killed_ranks, 3),
+    "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3), "fuzz": (fuzz, 2000),
 }
 ROOT_ONLY = {"node", "link"}
 
