@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from nodes import flaky_nodes, ip, linked_nodes
 import prepare
 import published
 import train
-from checkpoint import load_checkpoint
+from checkpoint import files_of, load_checkpoint
 from prepare import load_dataset
 from published import load_model
 
@@ -109,8 +109,7 @@ def kill_often(n: int, run: str, flags: str, launcher: list[str], victim: Callab
 
 def strays(run: str) -> list[Path]:
     """Files of checkpoints that no JSON names."""
-    records = [json.loads(path.read_text()) for path in Path(run).glob("step-*.json")]
-    named = {part["file"] for record in records for part in record["parts"]}
+    named = {file["file"] for record in Path(run).glob("step-*.json") for file in files_of(record)}
     return [path for path in Path(run).glob("step-*.pt*") if path.name not in named]
 
 
@@ -127,16 +126,14 @@ def kills(n: int) -> Iterator[bool]:
 
 def killed_saves(n: int) -> Iterator[bool]:
     """kill -9 of one of two ranks that share a model, in a save: the one before is whole, and what is left goes"""
-    flags = "--resume --shard 2 --save_every 1 --eval_every 2"
-    return kill_often(n, "parts", flags, TORCHRUN, lambda process, i: wait_for_save(process, "parts")[i % 2], lost=3)
 
+    def in_a_save(process: subprocess.Popen, i: int) -> int:
+        ranks = workers(process)
+        while process.poll() is None and not any(Path("parts").glob("*.partial")):
+            pass
+        return ranks[i % 2]
 
-def wait_for_save(process: subprocess.Popen, run: str) -> list[int]:
-    """Wait until a checkpoint is being written. Returns the process ids of the ranks."""
-    ranks = workers(process)
-    while process.poll() is None and not any(Path(run).glob("*.partial")):
-        pass
-    return ranks
+    return kill_often(n, "parts", "--resume --shard 2 --save_every 1 --eval_every 2", TORCHRUN, in_a_save, lost=3)
 
 
 def signals(n: int) -> Iterator[bool]:
@@ -223,16 +220,19 @@ def flaky_links(n: int) -> Iterator[bool]:
         yield [rank.returncode for rank in ranks] == [0, 0] and same(newest(f"far{i}"), near)
 
 
-def refused(read: Callable) -> bool:
-    """Whether a reader ends the program with one sentence and status 2."""
+def outcome(read: Callable) -> str:
+    """"read", "refused" with one sentence and status 2, or what happened instead."""
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
             with prepare.exit_on(ValueError):  # as the scripts do
                 read()
+        return "read"
     except SystemExit as end:
-        return end.code == 2 and told.getvalue().splitlines()[-1].count(": error: ") == 1
-    return False
+        last = told.getvalue().strip().rpartition("\n")[2]
+        return "refused" if end.code == 2 and last.count(": error: ") == 1 else f"status {end.code}: {last}"
+    except BaseException as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def mutants(whole: bytes, n: int) -> Iterator[bytes]:
@@ -264,24 +264,21 @@ def fuzz(n: int) -> Iterator[bool]:
         *((f"published/{name}", folder, os.devnull) for name in ("config.json", "model.safetensors", "tokenizer.json")),
     ]
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-    accepted = 0
+    counts = Counter()
     for path, read, record in ((Path(name), read, Path(record)) for name, read, record in readers):
         whole, signed = path.read_bytes(), record.read_text()
         for mutant in mutants(whole, -(-n // len(readers))):
             path.write_bytes(mutant)
             digest = f'"{hashlib.sha256(mutant).hexdigest()}"'
             record.write_text(re.sub('"[0-9a-f]{64}"', digest, signed, count=1))
-            right = True
-            try:
-                accepted += not refused(read)
-            except BaseException as error:  # noqa: BLE001
-                print(f"      {path}: {type(error).__name__}: {str(error)[:200]}")
-                right = False
-            yield right
+            counts[found := outcome(read)] += 1
+            if wrong := found not in ("read", "refused"):
+                print(f"      {path}: {found}")
+            yield not wrong
         path.write_bytes(whole)
         record.write_text(signed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"      {accepted} harmless, at most {peak:.1f} GB of memory")
+    print(f"      {counts['read']} harmless, at most {peak:.1f} GB of memory")
 
 
 FAULTS = {
