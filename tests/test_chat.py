@@ -172,6 +172,7 @@ def test_parquet_holds_conversations_too_and_answers_may_be_longer_than_the_prev
     (train, ["--plan", "--gpus", 8], "python plan.py --gpus 8"),
     (chat, ["--prepare", "t.jsonl", "--tokenizer", "byte"], "none of 1 conversations fell into the val split: add"),
     (chat, ["--prepare", "--val_tail"], "unrecognized arguments: --val_tail"),
+    (chat, ["--prepare", "t.jsonl", "--out", "x" * 300], "File name too long"),
     (chat, [OLD_RUN, "--prompt", "x"], "unrecognized arguments: --prompt x"),
     (chat, [OLD_RUN], "has no tokens for conversations"),
 ])

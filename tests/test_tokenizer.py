@@ -91,11 +91,12 @@ def test_a_tokenizer_that_does_not_exist_or_cannot_be_fetched_is_refused(refused
 
 def test_long_chunks_are_cut_before_a_tokenizer_learns_from_them(monkeypatch):
     """Otherwise a genome in one line takes time that grows with the square of its length. (And of a large input it
-    learns from a sample, here from every second piece.)"""
-    seen, texts = Counter(), ["ACGT" * 10_000, " not this", " the end", " nor this"]
+    learns from a sample, here from every second piece, and never from text that is held out.)"""
+    seen, texts = Counter(), ["ACGT" * 10_000, " not this", " the end", " nor this", " held out"]
     monkeypatch.setattr(prepare, "BPE_SAMPLE_BYTES", 20_000)
     monkeypatch.setattr("tokenizer.train_bpe", lambda counts, size, progress: seen.update(counts) or dict(BYTES))
-    prepare.tokenizer_for([("train", [Part(text)], True) for text in texts], 300, 40_000)
+    pieces = [(split, [Part(text)], True) for split, text in zip(["train"] * 4 + ["val"], texts)]
+    prepare.tokenizer_for(pieces, 300, 40_000)
     assert max(map(len, seen)) <= MAX_CHUNK and seen["ACGT" * (MAX_CHUNK // 4)] > 100
     assert sum(len(chunk) * count for chunk, count in seen.items()) == 40_008
 
