@@ -261,10 +261,12 @@ def test_memory_stays_small_however_large_the_input(tmp_path):
 
 
 def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(call, monkeypatch, tmp_path):
-    """A made-up one. Held out are 0.05 of its files, by their hashes as above and of copies all, or functions."""
+    """A made-up one, which is not executed. Held out are 0.05 of its files, by their hashes as above and of copies all,
+    or functions."""
     assert any(path.match("json/decoder.py") for path in prepare.default_corpus())
     names = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=12)) for i in range(540)]
-    functions = "".join(f'def {name}(a):\n    """Returns the {name} of all."""\n' for name in names)
+    functions = "".join(f'def {name}(a, b=1):\n    """Returns the {name} of all."""\n' for name in names)
+    functions = f"raise SystemExit\n{functions}"
     files = {"a.py": "text 2921", "b.py": "text 4152", "c/c.py": functions, "empty.py": "", "no.txt": "not Python"}
     left_out = ("test", "c/tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "c/__pycache__")
     files |= {f"{folder}/x.py": "left out" for folder in left_out} | {"d.py": "text 2921"}
@@ -275,7 +277,8 @@ def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(
     assert prepare.load_dataset("data/stdlib")[0]["vocab_size"] == 4096
     assert decoded("data/stdlib", "val") == ["text 2921"] * 2
     assert decoded("data/stdlib", "train") == ["text 4152", functions]
-    assert 14 < len(set(regex.findall("the ([a-z]+) of all", "".join(decoded("data/chat", "val"))))) < 40
+    posts = regex.findall(r"`(\w+)\(a, b=1\)`: Returns the \1 of all\.", "".join(decoded("data/chat", "val")))
+    assert 14 < len(set(posts)) < 40
 
 
 # ---- what users bring
