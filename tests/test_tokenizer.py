@@ -74,15 +74,6 @@ def test_bpe_learns_the_textbook_example():
     assert TEXTBOOK.encode("aaabdaaabac").tolist() == [258, ord("d"), 258, ord("a"), ord("c")]
 
 
-def test_bpe_learns_the_merges_of_a_published_trainer():
-    rustbpe = pytest.importorskip("rustbpe", reason="pip install rustbpe to compare with a published trainer")
-    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:25]]
-    published = rustbpe.Tokenizer()
-    published.train_from_iterator(iter(texts), 1500, pattern=GPT4_PATTERN)
-    counts = Counter(chunk for text in texts for chunk in regex.findall(GPT4_PATTERN, text))
-    assert list(train_bpe(counts, 1500)) == [bytes(token) for token, _ in published.get_mergeable_ranks()]
-
-
 @pytest.mark.parametrize("name", ["gpt5000", "bpe:", "bpe:x", "bpe:259", "bpe:-1", "gpt2"])
 def test_a_tokenizer_that_does_not_exist_or_cannot_be_fetched_is_refused(refused, monkeypatch, tmp_path, name):
     monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no network")))
@@ -174,8 +165,8 @@ def test_tokenizers_of_hugging_face_are_read(refused, tmp_path, digits):
 
 @pytest.mark.parametrize("place", [0, 300, 399], ids=["first", "in the middle", "last"])
 def test_control_tokens_keep_their_ids_wherever_they_stand_in_the_vocabulary(tmp_path, place):
-    """So do tokens that are found in any text, the longest first, and the one that begins a text. Numbers are cut alike,
-    although {1,3}+ has another meaning in the regular expressions there."""
+    """So do tokens that are found in any text, the longest first, and the one that begins a text. Numbers are cut as
+    here, although {1,3}+ has another meaning in the regular expressions there."""
     ranks = {token: rank + 5 * (rank >= place) for token, rank in TRAINED.ranks.items()}
     special = {token: place + i for i, token in enumerate(TRAINED.special)}
     added = {"<think>": place + 3, "<think>the": place + 4}
