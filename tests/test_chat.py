@@ -10,7 +10,7 @@ import re
 import shutil
 from functools import cache
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, create_autospec
 
 import jinja2  # which torch installs
 import numpy as np
@@ -380,14 +380,16 @@ def test_each_document_and_each_conversation_of_a_row_has_the_logits_that_it_has
 # ---- training
 
 
-def test_the_loss_is_divided_by_the_counted_tokens_of_the_whole_step(call, chat_data, tmp_path):
+def test_the_loss_is_divided_by_the_counted_tokens_of_the_whole_step(call, chat_data, tmp_path, monkeypatch):
     """However the step is divided, also between ranks whose rows have unequal numbers of them. No other token counts:
-    each of them costs ln V in the beginning, when a model finds all tokens equally likely."""
+    each of them costs ln V in the beginning, when a model finds all tokens equally likely. Conversations stay apart."""
+    monkeypatch.setattr(GPT, "forward", forward := create_autospec(GPT.forward, side_effect=GPT.forward))
     flags = [*SMALL, "--data", chat_data, "--steps", 2, "--lr", 1e-3, "--log_every", 1, "--optimizer", "adamw"]
     ranks = Ranks(tmp_path, *flags, "--out", "two", n=2)
     call(train, *flags, "--micro_batch", 8, "--out", "whole")
     call(train, *flags, "--micro_batch", 1, "--out", "divided")
     ranks.finish()
+    assert all(given.args[-1] is not None for given in forward.call_args_list[:2])  # the documents of both steps
     assert rows(tmp_path / "whole", "loss")[1] == pytest.approx(np.log(259), abs=1e-4)
     for other in ("divided", "two"):
         for key in ("loss", "grad_norm", "val_loss"):
