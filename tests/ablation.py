@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace, row: int) -> tuple[int, float, list[float]
         return Path(args.out, f"{row}-{rate}-{seed}-{args.steps}")
 
     def loss(rate: float, seed: int = 1) -> float:
-        return val_loss(out(rate, seed), "--data", args.data, *flags, "--lr", str(rate), "--seed", str(seed))
+        return val_loss(out(rate, seed), *flags, "--lr", str(rate), "--seed", str(seed))
 
     best = Config.lr
     for factor in (2, 0.5):
@@ -58,11 +58,8 @@ def measure(args: argparse.Namespace, row: int) -> tuple[int, float, list[float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=280, help="optimizer steps of each run (%(default)s)")
-    parser.add_argument("--data", default="data/stdlib", help="data set, prepared where need be (%(default)s)")
     parser.add_argument("--out", default="runs/ablation", help="folder of the runs (%(default)s)")
     args = parser.parse_args()
-    if not Path(args.data, "meta.json").exists():
-        subprocess.run([sys.executable, ROOT / "prepare.py", "--out", args.data], check=True)
     print("| taken back | parameters | lr | val_loss, mean | worst - best seed | lost |\n|---|---|---|---|---|---|")
     default, rows = None, range(len(TAKEN_BACK))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -12,7 +12,6 @@ Rows about Shakespeare read data/shakespeare, which the README prepares.
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -24,7 +23,8 @@ import tempfile
 import time
 import timeit
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -44,7 +44,6 @@ from model import GPT, PRESETS, GPTConfig, generate, to_int8
 QUIET = "--eval_every 1000000 --eval_tokens 128 --save_every 1000000 --log_every 1".split()
 THREE_MINUTES = "--preset shakespeare --batch_tokens 4096 --steps 490 --weight_decay 0.1 --decay 0.8 --compile"
 Figure = tuple[str, float, float | None]
-NO_OUTPUT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
@@ -233,10 +232,9 @@ def network(nano) -> Iterator[Figure]:
         ("50 ms and 1% of packets lost", 1e9, flaky_nodes(0.05, 0.01), 0.05),
     ):
         with link as nodes, tempfile.TemporaryDirectory() as folder:
-            script = [str(ROOT / "train.py"), "--out", f"{folder}/run", *flags]
-            head, other = ([*node.torchrun("2"), *script] for node in nodes)
-            with subprocess.Popen(other, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **NO_OUTPUT):
-                watch(head, threads=1)
+            commands = [[*node.torchrun("2"), ROOT / "train.py", "--out", f"{folder}/run", *flags] for node in nodes]
+            with ThreadPoolExecutor(2) as both:
+                list(both.map(partial(watch, threads=1), commands))
             measured = config.batch_tokens / tokens_per_second(metrics(Path(folder, "run")))
         plan.HOP_SECONDS = delay
         yield name, measured, compute + plan.traffic_seconds(model, config, 2, bits / 8, compute)[1]
@@ -246,7 +244,7 @@ def checkpoint(nano) -> Iterator[Figure]:
     """A checkpoint of 4.3 GB"""
     state = dict.fromkeys(("config", "optimizer", "tokenizer", "data"), {}) | {"step": 1}
     state["model"] = {f"layer {i}": torch.ones(2**24) for i in range(64)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # no other row takes as much
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         commit(Path(folder), 1, [write_part(Path(folder), 1, state, 0, 1, "")], keep=1)
@@ -258,10 +256,6 @@ def checkpoint(nano) -> Iterator[Figure]:
 
 
 ROWS = {row.__name__: row for row in (start, quick, throughput, sampling, network, checkpoint, minutes, gpu)}
-
-
-def measured(name: str, nano) -> list[Figure]:
-    return list(ROWS[name](nano))
 
 
 def plot(path: Path, nano: NanoGPT | None) -> None:
@@ -296,12 +290,10 @@ def main() -> None:
         if args.plot:
             return plot(args.plot, nano)
         print("| work | nanofactory | nanoGPT, plan, limit or target | ratio |\n|---|---|---|---|")
-        fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
-        with ProcessPoolExecutor(1, **fresh) as pool:  # so that no row's memory counts for the next
-            for name in args.only:
-                for what, here, there in pool.submit(measured, name, nano).result():
-                    beside = f"{there:,.5g} | {here / there:.3g}" if there else " | "
-                    print(f"| {ROWS[name].__doc__}: {what} | {here:,.5g} | {beside} |", flush=True)
+        for name in args.only:
+            for what, here, there in ROWS[name](nano):
+                beside = f"{there:,.5g} | {here / there:.3g}" if there else " | "
+                print(f"| {ROWS[name].__doc__}: {what} | {here:,.5g} | {beside} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from nodes import flaky_nodes, ip, linked_nodes
 import prepare
 import published
 import train
-from checkpoint import load_checkpoint
+from checkpoint import files_of, load_checkpoint
 from prepare import load_dataset
 from published import load_model
 
@@ -109,8 +109,7 @@ def kill_often(n: int, run: str, flags: str, launcher: list[str], victim: Callab
 
 def strays(run: str) -> list[Path]:
     """Files of checkpoints that no JSON names."""
-    records = [json.loads(path.read_text()) for path in Path(run).glob("step-*.json")]
-    named = {part["file"] for record in records for part in record["parts"]}
+    named = {file["file"] for record in Path(run).glob("step-*.json") for file in files_of(record)}
     return [path for path in Path(run).glob("step-*.pt*") if path.name not in named]
 
 
@@ -127,70 +126,14 @@ def kills(n: int) -> Iterator[bool]:
 
 def killed_saves(n: int) -> Iterator[bool]:
     """kill -9 of one of two ranks that share a model, in a save: the one before is whole, and what is left goes"""
-    flags = "--resume --shard 2 --save_every 1 --eval_every 2"
-    return kill_often(n, "parts", flags, TORCHRUN, lambda process, i: wait_for_save(process, "parts")[i % 2], lost=3)
 
+    def in_a_save(process: subprocess.Popen, i: int) -> int:
+        ranks = workers(process)
+        while process.poll() is None and not any(Path("parts").glob("*.partial")):
+            pass
+        return ranks[i % 2]
 
-def wait_for_save(process: subprocess.Popen, run: str) -> list[int]:
-    """Wait until a checkpoint is being written. Returns the process ids of the ranks."""
-    ranks = workers(process)
-    while process.poll() is None and not any(Path(run).glob("*.partial")):
-        pass
-    return ranks
-
-
-def full_disks(n: int) -> Iterator[bool]:
-    """a disk that is full for one of two ranks that share a model: no checkpoint counts until it can write again"""
-    for i in range(n):
-        process = start(run := f"full{i}", "--shard 2 --save_every 5", TORCHRUN, until=12)
-        rank = workers(process)[1]  # not 0, which also writes the log
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (1000, -1))
-        wait_for_step(process, run, (step := last_step(run)) + 20)
-        yield 5 <= newest(run)["step"] <= step + 1
-        resource.prlimit(rank, resource.RLIMIT_FSIZE, (-1, -1))
-        wait_for_step(process, run, last_step(run) + 10)
-        yield newest(run)["step"] > step + 1
-        process.terminate()
-        process.communicate()
-        yield is_saved(run) and not strays(run)
-
-
-def old_parts(n: int) -> Iterator[bool]:
-    """one of two ranks stopped in a save, which ends when a later run has gone on: no part of it counts or stays"""
-    flags = "--resume --shard 2 --save_every 1"
-    for i in range(n):
-        process = start(run := f"old{i}", flags, TORCHRUN, until=5)
-        other, stopped = wait_for_save(process, run)
-        os.kill(stopped, signal.SIGSTOP)
-        for pid in (process.pid, other):
-            os.kill(pid, signal.SIGKILL)
-        stop_at = newest(run)["step"] + 5
-        state = finish(run, f"{flags} --stop_at {stop_at}", TORCHRUN)
-        for part, path in enumerate(Path(run).glob(f"step-{stop_at - 1:08d}*.pt"), 1):  # as if of the newest step
-            shutil.copy(path, f"{run}/step-{stop_at:08d}.{part}-of-2.0123abcd.pt")
-        os.kill(stopped, signal.SIGCONT)
-        process.communicate()  # which ends with the last that holds the pipe
-        yield state["step"] == stop_at and same(newest(run), state)
-        yield finish(run, f"{flags} --stop_at {stop_at + 1}", TORCHRUN)["step"] == stop_at + 1 and not strays(run)
-
-
-def resumes(n: int) -> Iterator[bool]:
-    """stop and resume, across the end of an epoch: the final bits are those of a run that never stopped"""
-    for i in range(n):
-        state = finish("resumed", f"--resume --steps {12 * n} --stop_at {12 * (i + 1)}")
-    yield same(state, finish("straight", f"--steps {12 * n}"))
-
-
-def flips(n: int) -> Iterator[bool]:
-    """one bit of the newest checkpoint flipped: it is noticed, and the checkpoint before taken"""
-    finish("flipped", "--stop_at 2 --save_every 1")
-    path = Path("flipped/step-00000002.pt")
-    whole = path.read_bytes()
-    for _ in range(n):
-        damaged = bytearray(whole)
-        damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
-        path.write_bytes(damaged)
-        yield newest("flipped")["step"] == 1
+    return kill_often(n, "parts", "--resume --shard 2 --save_every 1 --eval_every 2", TORCHRUN, in_a_save, lost=3)
 
 
 def signals(n: int) -> Iterator[bool]:
@@ -277,28 +220,19 @@ def flaky_links(n: int) -> Iterator[bool]:
         yield [rank.returncode for rank in ranks] == [0, 0] and same(newest(f"far{i}"), near)
 
 
-def prepares(n: int) -> Iterator[bool]:
-    """kill -9 of prepare.py at random instants: no data set is there, or a whole one"""
-    Path("long.txt").write_text(Path("text.txt").read_text() * 200)
-    for i in range(n):
-        command = [*ALONE, str(ROOT / "prepare.py"), *split(f"long.txt --out cut{i} --tokenizer byte")]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(random.uniform(0.2, 2))
-        process.kill()
-        process.wait()
-        yield refused(lambda i=i: load_dataset(f"cut{i}")) != Path(f"cut{i}/meta.json").exists()
-
-
-def refused(read: Callable) -> bool:
-    """Whether a reader ends the program with one sentence and status 2."""
+def outcome(read: Callable) -> str:
+    """"read", "refused" with one sentence and status 2, or what happened instead."""
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
             with prepare.exit_on(ValueError):  # as the scripts do
                 read()
+        return "read"
     except SystemExit as end:
-        return end.code == 2 and told.getvalue().splitlines()[-1].count(": error: ") == 1
-    return False
+        last = told.getvalue().strip().rpartition("\n")[2]
+        return "refused" if end.code == 2 and last.count(": error: ") == 1 else f"status {end.code}: {last}"
+    except BaseException as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def mutants(whole: bytes, n: int) -> Iterator[bytes]:
@@ -330,31 +264,26 @@ def fuzz(n: int) -> Iterator[bool]:
         *((f"published/{name}", folder, os.devnull) for name in ("config.json", "model.safetensors", "tokenizer.json")),
     ]
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-    accepted = 0
+    counts = Counter()
     for path, read, record in ((Path(name), read, Path(record)) for name, read, record in readers):
         whole, signed = path.read_bytes(), record.read_text()
         for mutant in mutants(whole, -(-n // len(readers))):
             path.write_bytes(mutant)
             digest = f'"{hashlib.sha256(mutant).hexdigest()}"'
             record.write_text(re.sub('"[0-9a-f]{64}"', digest, signed, count=1))
-            right = True
-            try:
-                accepted += not refused(read)
-            except BaseException as error:  # noqa: BLE001
-                print(f"      {path}: {type(error).__name__}: {str(error)[:200]}")
-                right = False
-            yield right
+            counts[found := outcome(read)] += 1
+            if wrong := found not in ("read", "refused"):
+                print(f"      {path}: {found}")
+            yield not wrong
         path.write_bytes(whole)
         record.write_text(signed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"      {accepted} harmless, at most {peak:.1f} GB of memory")
+    print(f"      {counts['read']} harmless, at most {peak:.1f} GB of memory")
 
 
 FAULTS = {
-    "kill": (kills, 50), "resume": (resumes, 10), "flip": (flips, 100), "signal": (signals, 20),
-    "rank": (killed_ranks, 3), "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3),
-    "save": (killed_saves, 10), "full": (full_disks, 3), "old": (old_parts, 3),
-    "prepare": (prepares, 20), "fuzz": (fuzz, 2000),
+    "kill": (kills, 50), "save": (killed_saves, 10), "signal": (signals, 20), "rank": (killed_ranks, 3),
+    "orphan": (orphans, 3), "node": (lost_nodes, 3), "link": (flaky_links, 3), "fuzz": (fuzz, 2000),
 }
 ROOT_ONLY = {"node", "link"}
 

@@ -75,9 +75,10 @@ def saved(path, tokenizer: Tokenizer, settings: dict, is_chat=False, half=False)
     return model
 
 
-def greedy(model: GPT, tokenizer: Tokenizer, ids: list[int], n: int) -> list[int]:
-    drawn = (new.item() for new in islice(generate(model, torch.tensor([ids]), temperature=0), n))
-    return list(takewhile(lambda token: token not in tokenizer.ends, drawn))
+def drawn(model: GPT, tokenizer: Tokenizer, ids: list[int], n: int, temperature: float = 0) -> list[int]:
+    """At most n tokens that follow `ids`, until one ends the text."""
+    tokens = (new.item() for new in islice(generate(model, torch.tensor([ids]), temperature=temperature), n))
+    return list(takewhile(lambda token: token not in tokenizer.ends, tokens))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -90,7 +91,7 @@ def test_llama_cpp_continues_a_text_as_sample_py_does(tmp_path, family, half):
             n = 10 if half else 30  # llama.cpp rounds what it multiplies with float16, so that near ties may fall apart
             tokens = post("/completion", prompt=prompt, n_predict=n, top_k=1, return_tokens=True)["tokens"]
             ids = [tokenizer.begin, *tokenizer.encode(prompt).tolist()]
-            assert [token for token in tokens if token not in tokenizer.ends] == greedy(model, tokenizer, ids, n)
+            assert [token for token in tokens if token not in tokenizer.ends] == drawn(model, tokenizer, ids, n)
 
 
 @pytest.mark.parametrize("name", ["GPT4_PATTERN", "GPT2_PATTERN", "DIGITS_PATTERN", "QWEN_PATTERN", "byte"])
@@ -116,7 +117,7 @@ def test_llama_cpp_renders_a_conversation_and_begins_it_with_no_other_token(tmp_
         answer = post("/completion", prompt=prompt, n_predict=20, top_k=1, return_tokens=True)
     ids = chat.render(tokenizer, messages, ask=True)[0].tolist()
     told = [token for token in answer["tokens"] if token not in tokenizer.ends]
-    assert told == greedy(model, tokenizer, ids, 20) and answer["tokens_evaluated"] == len(ids)
+    assert told == drawn(model, tokenizer, ids, 20) and answer["tokens_evaluated"] == len(ids)
 
 
 def test_an_exported_file_gets_its_name_when_it_is_whole(call, refused, monkeypatch, run, tmp_path):

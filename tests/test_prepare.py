@@ -75,27 +75,31 @@ def test_text_cut_into_pieces_gives_the_same_tokens(name, monkeypatch):
 
 
 def test_a_folder_gives_all_documents_in_it_once_and_what_it_cannot_give_is_named(call, capsys, tmp_path):
-    """Links are followed. Nothing that is hidden is read. A record with a text is text, whatever else it has."""
+    """Links are followed. Nothing that is hidden is read. A record with a text is text, whatever else it has; so are
+    tables and control tokens, but no byte order mark. The data set has the own name of the folder."""
     plain, zipped = ([f"{kind} {i} {words(20, i)}" for i in range(40)] for kind in ("plain", "zipped"))
     wrong = '{"text": "\\ud800 lone"}\nnot json\n{"body": 1}\n{"text": 5}\n[]\n{"text": ""}\n'
     write({"in/a.jsonl": jsonl([{"text": text, "answer": "b"} for text in plain]) + wrong})
     write({"in/c.jsonl.gz": gzip.compress(jsonl(zipped).encode())})
     write({"in/deep/b.txt": "from a folder", "elsewhere/d.txt": "from a link"})
+    write({"in/table.csv": "\ufeff" + (table := "<|im_end|>,<|im_end|>\n")})
     write({"in/.hidden": "never read", "in/.git/config": "never read", "in/empty.txt": b""})
     write({"in/latin.txt": b"caf\xe9", "in/cut.txt": "é".encode()[:1]})
     write({"in/torn.jsonl.gz": gzip.compress(jsonl(["x"] * 1000).encode())[:-20]})
     for link, target in (("linked", "elsewhere"), ("loop", "in"), ("dangling", "nowhere")):
         Path("in", link).symlink_to(tmp_path / target)
     os.mkfifo("in/fifo")
-    call(prepare, "in", "in/a.jsonl", "--tokenizer", "byte", "--val_fraction", 0.2)
-    expected = [*plain, *zipped, "from a folder", "from a link"]
+    call(prepare, "in/deep/..", "in/a.jsonl", "--tokenizer", "byte", "--val_fraction", 0.2)
+    expected = [*plain, *zipped, "from a folder", "from a link", table]
     train, val = ([text for text in decoded("data/in", split) if text != "x"] for split in prepare.SPLITS)
     assert sorted(train + val) == sorted(expected)
     assert len(val) > 0 and train == [text for text in expected if text not in val]
     printed = capsys.readouterr().err
     wrong = ["without text in --field 'text'; one has the keys body (4)", "text that is no Unicode", "not valid JSON"]
     wrong += ["latin.txt: not UTF-8", "cut.txt: not UTF-8", "empty.txt: empty", "torn.jsonl.gz", "a.jsonl: given twice"]
-    for told in (*wrong, "dangling: not a regular file", "fifo: not a regular file"):
+    wrong += ["dangling: not a regular file", "fifo: not a regular file"]
+    as_text = ["as plain text, not as tables: in/deep/../table.csv\n", "as ordinary characters: <|im_end|> (2); for"]
+    for told in (*wrong, *as_text):
         assert told in printed
 
 
@@ -120,13 +124,6 @@ def test_val_tail_holds_out_the_end_of_the_text_and_of_a_single_file_its_last_hu
     assert abs(len(val.encode()) - len(text.encode()) * (fraction or 0.01)) < 4
 
 
-def test_held_out_text_does_not_reach_the_tokenizer(call, tmp_path):
-    write({"t.txt": words(2000) + " xyzzy" * 200})
-    call(prepare, ".", "--tokenizer", "bpe:500", "--val_tail", "--val_fraction", 0.1)
-    meta, _ = prepare.load_dataset(Path("data", tmp_path.name))  # the name of the current folder
-    assert not any(b"xyz" in token for token in Tokenizer.from_dict(meta["tokenizer"]).ranks)
-
-
 @pytest.mark.parametrize("inputs, content, told", [
     (["nowhere.txt"], b"", "no such file or folder: nowhere.txt"), (["a.txt"], b"", "a.txt: empty"),
     *((["a.txt", "--val_fraction", n], b"text", f"{n} is not between 0 and 1") for n in ("0.0", "1.0")),
@@ -140,13 +137,17 @@ def test_held_out_text_does_not_reach_the_tokenizer(call, tmp_path):
     (["a.txt"], "x".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 FILE"),
     (["a.txt"], b"caf\xe9", "iconv -f LATIN1 -t UTF-8 FILE"),
     (["-"], b"%PDF-1.7", "nothing to read: stdin: not UTF-8"),  # not by the name of its copy
+    (["a.txt/x"], b"text", "no such file or folder: a.txt/x"), (["x" * 300], b"text", "x" * 300),
+    *((["a.txt", "--out", "x" * n], b"text", "File name too long") for n in (250, 300)),
+    (["a.txt", "--out", "a.txt/x"], b"text", "File exists"),
+    *((["a.txt", "--tokenizer", name], b"text", f"unknown tokenizer {name!r}") for name in ("a.txt/x", "x" * 300)),
 ])
 def test_input_that_gives_no_data_set_is_refused(refused, monkeypatch, tmp_path, inputs, content, told):
     """What cannot be used is named once."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     monkeypatch.setattr(prepare.Skipped, "say", lambda skipped: skipped and pytest.fail("it is named twice"))
     write({"a.txt": content, "b.txt": content, "photos/train-images.npy": "mine", "other.partial/a.npy": "mine"})
-    assert told in refused(prepare, *inputs, "--tokenizer", "byte")
+    assert told in refused(prepare, "--tokenizer", "byte", *inputs)
     assert not list(tmp_path.glob("data/*/meta.json"))
     assert {path.read_text() for path in tmp_path.glob("*/*.npy")} == {"mine"}
 
@@ -235,18 +236,6 @@ def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path, size, dtype):
     assert tokens.dtype == dtype and tokens.tolist() == [ord("a"), size - 1]
 
 
-def test_every_flipped_bit_of_a_shard_is_found(data, tmp_path, capsys):
-    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    shard = tmp_path / "train-00000.npy"
-    whole = shard.read_bytes()
-    for offset in random.Random(0).sample(range(len(whole)), 30):
-        damaged = bytearray(whole)
-        damaged[offset] ^= 1 << offset % 8
-        shard.write_bytes(damaged)
-        end = pytest.raises(SystemExit, prepare.load_dataset, tmp_path)
-        assert end.value.code == 2 and "SHA-256 of train-00000.npy" in capsys.readouterr().err
-
-
 def test_a_data_set_with_the_right_hashes_can_still_be_wrong(data, tmp_path, capsys):
     path, meta = shutil.copytree(data, tmp_path / "set") / "val-00000.npy", json.loads((data / "meta.json").read_text())
     wrong = [([0, 259], "uint16", "token 1 of val-00000.npy is 259, beyond"), ([0, 258], "int64", "dtype int64")]
@@ -272,10 +261,12 @@ def test_memory_stays_small_however_large_the_input(tmp_path):
 
 
 def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(call, monkeypatch, tmp_path):
-    """A made-up one. Held out are 0.05 of its files, by their hashes as above and of copies all, or functions."""
+    """A made-up one, which is not executed. Held out are 0.05 of its files, by their hashes as above and of copies all,
+    or functions."""
     assert any(path.match("json/decoder.py") for path in prepare.default_corpus())
     names = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=12)) for i in range(540)]
-    functions = "".join(f'def {name}(a):\n    """Returns the {name} of all."""\n' for name in names)
+    functions = "".join(f'def {name}(a, b=1):\n    """Returns the {name} of all."""\n' for name in names)
+    functions = f"raise SystemExit\n{functions}"
     files = {"a.py": "text 2921", "b.py": "text 4152", "c/c.py": functions, "empty.py": "", "no.txt": "not Python"}
     left_out = ("test", "c/tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "c/__pycache__")
     files |= {f"{folder}/x.py": "left out" for folder in left_out} | {"d.py": "text 2921"}
@@ -286,7 +277,8 @@ def test_without_an_input_the_standard_library_becomes_data_stdlib_or_data_chat(
     assert prepare.load_dataset("data/stdlib")[0]["vocab_size"] == 4096
     assert decoded("data/stdlib", "val") == ["text 2921"] * 2
     assert decoded("data/stdlib", "train") == ["text 4152", functions]
-    assert 14 < len(set(regex.findall("the ([a-z]+) of all", "".join(decoded("data/chat", "val"))))) < 40
+    posts = regex.findall(r"`(\w+)\(a, b=1\)`: Returns the \1 of all\.", "".join(decoded("data/chat", "val")))
+    assert 14 < len(set(posts)) < 40
 
 
 # ---- what users bring
@@ -376,16 +368,6 @@ def test_files_are_on_disk_before_anything_gets_a_name(call, data, monkeypatch, 
 # ---- nothing in silence
 
 
-def test_tables_and_control_tokens_are_text_and_that_is_said(call, capsys):
-    """A byte order mark is none."""
-    write({"t.csv": "\ufeff" + (text := "<|im_end|><|im_end|> a,b\n" + "a,b\n" * 9 + "<|im_end|> the end")})
-    call(prepare, "t.csv", "--tokenizer", "byte", "--val_fraction", 0.5)
-    printed = capsys.readouterr().err
-    assert "read as plain text, not as tables: t.csv\n" in printed
-    assert "read as ordinary characters: <|im_end|> (3); for" in printed
-    assert "".join(decoded("data/t")) == text
-
-
 def test_of_few_documents_the_end_of_each_is_held_out(call, capsys):
     """Few are those of which a split would have one or none. By the hashes above, "text 62" alone is held out here."""
     texts = ["text 62", *(f"{i} {words(200, i)}" for i in range(4))]
@@ -405,16 +387,6 @@ def test_without_a_data_set_a_command_is_offered_that_makes_it(refused, call, mo
     assert f"python prepare.py {offered}" in refused(train, "--data", *text or [out])
     call(prepare, *shlex.split(offered), "--tokenizer", "byte")
     prepare.load_dataset(out)
-
-
-@pytest.mark.parametrize("place, problem", [("x" * 250, "File name too long"), ("t.txt/x", "File exists")])
-def test_a_place_where_nothing_can_be_is_one_sentence(refused, place, problem):
-    write({"t.txt": words(99)})
-    for more in ("", "x" * 50):
-        assert problem in refused(prepare, "t.txt", "--tokenizer", "byte", "--out", place + more)
-        assert problem in refused(chat, "--prepare", "t.txt", "--tokenizer", "byte", "--out", place + more)
-    assert f"unknown tokenizer '{place}" in refused(prepare, "t.txt", "--tokenizer", place + more)
-    assert place in refused(prepare, place + more, "--out", "o")
 
 
 def test_one_process_at_a_time_makes_a_data_set(data, monkeypatch, tmp_path):

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, rows
+from conftest import rows
 from test_model import random_tokens
 
 import model as models
-import prepare
 import published
 import sample
 import train
@@ -181,11 +180,8 @@ def test_a_combination_without_a_counterpart_is_named(switch, told, tmp_path):
 # ---- the whole way: a run out, a published folder in
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
-def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, tokenizer, tmp_path, data):
+def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, run, tmp_path):
     transformers = pytest.importorskip("transformers")
-    call(prepare, data.parent / "text.txt", "--tokenizer", tokenizer, "--out", "set")
-    call(train, *TINY, "--data", "set", "--out", "run", "--steps", 5)
     call(published, "--export", "out", "run")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -193,11 +189,14 @@ def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, tokeniz
     for text in ("the model learns,", "naïve  café\n\n 你好🙂 it's 12345 \t\r\n x\n", " \n  "):
         assert ours(text)["input_ids"] == [encoding.end_of_text, *encoding.encode(text).tolist()]  # as in sample.py
         assert ours.decode(ours(text)["input_ids"], skip_special_tokens=True) == text
-    ends = {ours.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id}
-    assert ends == {encoding.end_of_text}
+    for settings in (ours, model.config, model.generation_config):
+        assert settings.bos_token_id == settings.eos_token_id == encoding.end_of_text
+    assert ours.pad_token == ours.unk_token == "<|endoftext|>"
+    assert json.loads(Path("out/tokenizer_config.json").read_text())["add_bos_token"]  # which transformers 5 forgets
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "float32"
     tokens = torch.tensor([encoding.encode("the small model").tolist()])
     with torch.no_grad():
-        assert (model(tokens).logits - trained(tokens)).abs().max() < 1e-4
+        assert (model(tokens).logits - trained.eval()(tokens)).abs().max() < 1e-4
 
 
 def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, refused, run, data, tmp_path, capsys):
@@ -206,12 +205,6 @@ def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, refused, ru
     files = "config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json"
     assert capsys.readouterr().out == f"exported step 20 of run to out: {files}\n"
     assert {tensor.dtype for tensor in safetensors.load_file("out/model.safetensors").values()} == {torch.float32}
-    plain = [json.loads((tmp_path / "out" / name).read_text()) for name in files.split(", ") if "config" in name]
-    kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32"}
-    ends = {"bos_token_id": 256, "eos_token_id": 256}
-    names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
-    names |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}
-    assert plain[0] == plain[0] | kind | ends and plain[1:] == [ends, names]
     assert "out is not an empty folder" in refused(published, "--export", "out", "nowhere")
     assert "no checkpoint" in refused(published, "--export", "new", "nowhere") and not Path("new").exists()
     texts = []
