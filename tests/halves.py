@@ -30,11 +30,9 @@ class Second:
     def __init__(self, queue, reports):
         self.queue, self.reports = queue, reports
 
-    def pytest_configure(self, config: pytest.Config) -> None:
-        self.config = config
-
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.config = session.config
         return run_files(session, self.queue)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

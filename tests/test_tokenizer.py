@@ -74,6 +74,15 @@ def test_bpe_learns_the_textbook_example():
     assert TEXTBOOK.encode("aaabdaaabac").tolist() == [258, ord("d"), 258, ord("a"), ord("c")]
 
 
+def test_bpe_learns_the_merges_of_a_published_trainer():
+    rustbpe = pytest.importorskip("rustbpe", reason="pip install rustbpe to compare with a published trainer")
+    texts = [path.read_text(encoding="utf-8") for path in prepare.default_corpus()[:25]]
+    published = rustbpe.Tokenizer()
+    published.train_from_iterator(iter(texts), 1500, pattern=GPT4_PATTERN)
+    counts = Counter(chunk for text in texts for chunk in regex.findall(GPT4_PATTERN, text))
+    assert list(train_bpe(counts, 1500)) == [bytes(token) for token, _ in published.get_mergeable_ranks()]
+
+
 @pytest.mark.parametrize("name", ["gpt5000", "bpe:", "bpe:x", "bpe:259", "bpe:-1", "gpt2"])
 def test_a_tokenizer_that_does_not_exist_or_cannot_be_fetched_is_refused(refused, monkeypatch, tmp_path, name):
     monkeypatch.setattr(tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no network")))
