@@ -43,6 +43,10 @@ from model import GPT, PRESETS, GPTConfig, generate, to_int8
 
 QUIET = "--eval_every 1000000 --eval_tokens 128 --save_every 1000000 --log_every 1".split()
 THREE_MINUTES = "--preset shakespeare --batch_tokens 4096 --steps 490 --weight_decay 0.1 --decay 0.8 --compile"
+NANO_ON_A_CPU = (  # the command in nanoGPT's README
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64"
+    " --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
 Figure = tuple[str, float, float | None]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,11 +98,6 @@ class NanoGPT:
     def train(self, flags: str) -> tuple[list[tuple[float, str]], float]:
         return watch([sys.executable, "train.py", *flags.split()], self.folder)
 
-    def readme_on_a_cpu(self) -> tuple[list[tuple[float, str]], float]:
-        flags = "--compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
-        flags += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-        return self.train(f"config/train_shakespeare_char.py --device=cpu {flags}")
-
     def speed(self, batch_tokens: int, flags: str) -> float:
         """Median tokens per second, without the first steps."""
         lines, _ = self.train(f"{flags} --eval_iters=1 --eval_interval=1000000 --log_interval=1")
@@ -126,7 +125,7 @@ def to_loss(target: float, *flags: str, seconds: float | None = None) -> Iterato
 
 def quick(nano) -> Iterator[Figure]:
     """Shakespeare to the loss of the CPU command in nanoGPT's README"""
-    lines, seconds = nano.readme_on_a_cpu() if nano else ([], None)
+    lines, seconds = nano.train(NANO_ON_A_CPU) if nano else ([], None)
     yield from to_loss(curve(lines)[-1][1] if nano else 1.8857, "--preset", "shakespeare-quick", seconds=seconds)
 
 
@@ -262,7 +261,7 @@ def plot(path: Path, nano: NanoGPT | None) -> None:
     """Held-out loss against seconds since the command was given, evaluations included."""
     import matplotlib.pyplot as plt
 
-    runs = {"nanoGPT, its README on a CPU": nano.readme_on_a_cpu()[0]} if nano else {}
+    runs = {"nanoGPT, its README on a CPU": nano.train(NANO_ON_A_CPU)[0]} if nano else {}
     for preset, every in (("shakespeare-quick", 10), ("shakespeare", 40)):
         runs[f"nanofactory, --preset {preset}"] = ours("--preset", preset, "--eval_every", every)[1]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from threading import Event, Thread
+from threading import Thread
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 
@@ -65,16 +65,8 @@ def linked_nodes(bits_per_second: float) -> Iterator[tuple[Node, Node]]:
 def flaky_nodes(delay: float, loss: float) -> Iterator[tuple[Node, Node]]:
     """Two nodes whose packets arrive `delay` seconds later; a share `loss` of them does not arrive."""
     with two_nodes() as nodes:
-        tunnels, stop = [tunnel(node) for node in nodes], Event()
-        carrier = Thread(target=carry, args=(tunnels, delay, loss, stop))
-        carrier.start()
-        try:
-            yield nodes
-        finally:
-            stop.set()
-            carrier.join()
-            for end in tunnels:
-                os.close(end)
+        Thread(target=carry, args=([tunnel(node) for node in nodes], delay, loss), daemon=True).start()
+        yield nodes
 
 
 def tunnel(node: Node) -> int:
@@ -86,16 +78,18 @@ def tunnel(node: Node) -> int:
     return end
 
 
-def carry(tunnels: list[int], delay: float, loss: float, stop: Event) -> None:
-    """Carry packets from each end to the other."""
+def carry(tunnels: list[int], delay: float, loss: float) -> None:
+    """Carry packets from each end to the other, until their nodes are removed."""
     under_way = deque()  # (time of arrival, end, packet), the next to arrive first
-    while not stop.is_set():
-        pause = max(0.0, under_way[0][0] - time.monotonic()) if under_way else 0.1
-        for end in select.select(tunnels, [], [], pause)[0]:
-            packet = os.read(end, 2**16)
-            if random.random() >= loss:
-                under_way.append((time.monotonic() + delay, tunnels[1 - tunnels.index(end)], packet))
-        while under_way and under_way[0][0] <= time.monotonic():
-            _, end, packet = under_way.popleft()
-            with contextlib.suppress(OSError):  # the device is down
+    with contextlib.suppress(OSError):  # of the first read or write after that
+        while True:
+            pause = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
+            for end in select.select(tunnels, [], [], pause)[0]:
+                packet = os.read(end, 2**16)
+                if random.random() >= loss:
+                    under_way.append((time.monotonic() + delay, tunnels[1 - tunnels.index(end)], packet))
+            while under_way and under_way[0][0] <= time.monotonic():
+                _, end, packet = under_way.popleft()
                 os.write(end, packet)
+    for end in tunnels:
+        os.close(end)
