@@ -1,6 +1,5 @@
 """Chat: from records to conversations, their tokens, the loss on answers, and answers in a terminal."""
 
-import argparse
 import gzip
 import io
 import json
@@ -79,11 +78,9 @@ NO, YES = {"role": "assistant", "content": "no"}, {"role": "assistant", "content
 
 
 @pytest.mark.parametrize("record, messages", [
-    ({"messages": AB}, AB),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, AB[1]], "id": 7}, AB),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, AB),
-    ({"conversations": [{"from": "user", "value": "a"}, {"from": "model", "value": "b"}], "label": True}, AB),
-    (talk("a", "b", "and then?"), AB),
+    ({"conversations": [{"from": role, "value": text} for role, text in zip(("human", "gpt", "user", "model"), "abcd")],
+      "label": True}, talk(*"abcd")),
     ({"prompt": "a", "completion": "b", "data_source": "x", "weight": 1, "tools": []}, AB),
     ({"prompt": AB[:1], "completion": AB[1:]}, AB),
     ({"question": "a", "answer": "b"}, AB),
@@ -296,11 +293,10 @@ def test_the_default_conversations_are_about_their_posts_and_held_out_ones_about
 
 
 def test_the_default_conversations_are_the_same_in_every_process(tmp_path):
-    files = [random.__file__, json.__file__, argparse.__file__]
-    code = f"import json, chat\nfiles = map(chat.Path, {files})\n"
-    (tmp_path / "again.py").write_text(f"{code}print(json.dumps([*chat.stdlib_conversations([*files], 0.2)]))")
+    made = "chat.stdlib_conversations(prepare.default_corpus()[:9], 0.2)"
+    (tmp_path / "again.py").write_text(f"import chat, prepare\nprint([*{made}])")
     again = Ranks(tmp_path, script=tmp_path / "again.py").finish().stdout
-    assert json.dumps([*chat.stdlib_conversations([*map(Path, files)], 0.2)]) == again.strip() != "[]"
+    assert again == f"{[*eval(made)]}\n" != "[]\n"
 
 
 # ---- rows
@@ -441,19 +437,6 @@ def test_a_model_without_the_tokens_gets_rows_that_begin_as_the_mean(call, tmp_p
     before, after = state_of(OLD_RUN, 4)["model"], state_of(tmp_path / "r", 1)["model"]
     assert torch.equal(after["embedding.weight"][:257], before["embedding.weight"])  # the head is tied to it
     torch.testing.assert_close(after["embedding.weight"][257:], before["embedding.weight"].mean(0).expand(2, -1))
-
-
-def test_fine_tuning_has_no_dropout_and_ends_with_a_sample_that_its_seed_draws(call, refused, run, data, capsys):
-    flags = ["--batch_tokens", 1024, "--stop_at", 1, "--seed", 7, "--dtype", "float32"]
-    call(train, "--init", run, "--data", data, "--out", "tuned", *flags)
-    assert json.loads(Path("tuned/config.json").read_text())["dropout"] == 0
-    capsys.readouterr()
-    call(train, "--resume", "--out", "tuned", "--steps", 2)  # steps that are given override the epochs
-    assert max(rows(Path("tuned"), "val_loss")) == 2
-    torch.manual_seed(7)
-    text = BYTE.decode(drawn(load_model("tuned")[0].eval(), BYTE, [BYTE.end_of_text], 200, temperature=0.8))
-    assert f"a sample:\n{text}\n\n" in capsys.readouterr().out
-    assert "not both" in refused(train, "--steps", 2, "--epochs", 1)
 
 
 def test_a_context_is_shortened_in_training_alone_where_positions_are_rotary(call, refused, data):

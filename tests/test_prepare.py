@@ -152,10 +152,8 @@ def test_input_that_gives_no_data_set_is_refused(refused, monkeypatch, tmp_path,
     assert {path.read_text() for path in tmp_path.glob("*/*.npy")} == {"mine"}
 
 
-def test_a_preparation_that_is_interrupted_or_killed_leaves_no_data_set_and_can_be_repeated(
-    refused, call, capsys, monkeypatch, tmp_path
-):
-    """What a killed one has left is in nobody's way."""
+def test_a_preparation_that_is_interrupted_or_killed_leaves_no_data_set(refused, call, capsys, monkeypatch, tmp_path):
+    """And can be repeated: what a killed one has left is in nobody's way."""
     write({"a.txt": words(200)})
     flags = ["a.txt", *BYTES_AND_TAIL]
     with monkeypatch.context() as patch:
@@ -174,9 +172,7 @@ def test_a_preparation_that_is_interrupted_or_killed_leaves_no_data_set_and_can_
     assert sorted(os.listdir("data/a")) == ["meta.json", "train-00000.npy", "val-00000.npy"]
 
 
-def test_a_second_preparation_writes_the_same_bytes_and_the_report_counts_them(
-    refused, call, capsys, monkeypatch, tmp_path
-):
+def test_a_second_preparation_writes_the_bytes_that_the_report_counts(refused, call, capsys, monkeypatch, tmp_path):
     """The second one in another process, whose hash() is another. Neither overwrites a data set. A text of several
     pieces is one document."""
     monkeypatch.setattr(prepare, "PIECE_BYTES", 10_000)  # here, not in the other process

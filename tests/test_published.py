@@ -61,10 +61,6 @@ def theirs(variant: str):
     return model
 
 
-def load(folder: Path) -> models.GPT:
-    return model_with(*load_published(folder)).eval()
-
-
 @pytest.fixture
 def golden(tmp_path):
     """golden("llama") unpacks a golden file into a folder as it could be downloaded; returns it, tokens and logits."""
@@ -89,7 +85,8 @@ def test_the_logits_of_the_golden_file_are_computed(golden, family, dtype, error
         scaling = {} if family == "gpt2" else {"rope_scaling": {"type": "default", "factor": 4.0}}
         (folder / "config.json").write_text(json.dumps({"model_type": family, **VARIANTS[family], **scaling}))
     assert logits.std() > 0.1
-    assert (load(folder).float()(tokens) - logits).abs().max() < error
+    model = model_with(*load_published(folder)).eval()
+    assert (model.float()(tokens) - logits).abs().max() < error
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -113,14 +110,10 @@ def test_here_and_in_transformers_the_same_weights_give_the_same_logits_and_gree
     assert all(plain.get(name, getattr(read.config, name, None)) == value for name, value in VARIANTS[variant].items())
 
 
-def as_openai_released(weights: dict) -> dict:
-    """With shorter names, and masks among them."""
-    masks = {"h.0.attn.bias": torch.ones(1, 1, 24, 24).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
-    return {name.removeprefix("transformer."): tensor for name, tensor in weights.items()} | masks
-
-
 @pytest.mark.parametrize("family, stored", [
-    ("gpt2", as_openai_released),
+    # As OpenAI released them: with shorter names, and masks among them.
+    ("gpt2", lambda weights: {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+     | {"h.0.attn.bias": torch.ones(1, 1, 24, 24).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}),
     ("llama", lambda weights: weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
     ("qwen3", lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}),  # tied, all the same
 ])
@@ -131,7 +124,7 @@ def test_weights_are_found_in_older_files_and_in_several(golden, family, stored)
     for i in (0, 1):
         part = {name: weights[name].clone() for name in sorted(weights)[i::2]}
         save_file(part, folder / f"model-0000{i + 1}-of-00002.safetensors")
-    model = load(folder)
+    model = model_with(*load_published(folder)).eval()
     assert (model(tokens) - logits).abs().max() < 1e-4
     assert (model.head.weight is model.embedding.weight) == model.config.tied
 
@@ -166,7 +159,6 @@ def test_what_cannot_be_taken_over_is_named(golden, family, config, weights, tol
 @pytest.mark.parametrize("switch, told", [
     ({"post_norm": True, "attention_cap": 30.0}, "qwen3, lacks post_norm True, attention_cap 30.0"),
     ({"position": "learned"}, "lacks position learned"), (dict(models.GPT2, bias=False), "gpt2, lacks bias False"),
-    (dict(models.PRESETS["grok-toy"]), "post_norm True, attention_cap 30.0"),
 ])
 def test_a_combination_without_a_counterpart_is_named(switch, told, tmp_path):
     pytest.importorskip("safetensors")
@@ -185,7 +177,7 @@ def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, run, tm
     call(published, "--export", "out", "run")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    trained, encoding, *_ = load_model("run")
+    encoding = load_model("run").tokenizer
     for text in ("the model learns,", "naïve  café\n\n 你好🙂 it's 12345 \t\r\n x\n", " \n  "):
         assert ours(text)["input_ids"] == [encoding.end_of_text, *encoding.encode(text).tolist()]  # as in sample.py
         assert ours.decode(ours(text)["input_ids"], skip_special_tokens=True) == text
@@ -194,9 +186,6 @@ def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, run, tm
     assert ours.pad_token == ours.unk_token == "<|endoftext|>"
     assert json.loads(Path("out/tokenizer_config.json").read_text())["add_bos_token"]  # which transformers 5 forgets
     assert json.loads(Path("out/config.json").read_text())["dtype"] == "float32"
-    tokens = torch.tensor([encoding.encode("the small model").tolist()])
-    with torch.no_grad():
-        assert (model(tokens).logits - trained.eval()(tokens)).abs().max() < 1e-4
 
 
 def test_an_exported_run_samples_and_trains_on_as_the_run_does(call, refused, run, data, tmp_path, capsys):
