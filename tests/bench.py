@@ -43,10 +43,9 @@ from model import GPT, PRESETS, GPTConfig, generate, to_int8
 
 QUIET = "--eval_every 1000000 --eval_tokens 128 --save_every 1000000 --log_every 1".split()
 THREE_MINUTES = "--preset shakespeare --batch_tokens 4096 --steps 490 --weight_decay 0.1 --decay 0.8 --compile"
-NANO_ON_A_CPU = (  # the command in nanoGPT's README
-    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64"
-    " --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-)
+NANO = "config/train_shakespeare_char.py --device=cpu --dropout=0.0"
+NANO_README = f"{NANO} --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
+NANO_README += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000"
 Figure = tuple[str, float, float | None]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def to_loss(target: float, *flags: str, seconds: float | None = None) -> Iterato
 
 def quick(nano) -> Iterator[Figure]:
     """Shakespeare to the loss of the CPU command in nanoGPT's README"""
-    lines, seconds = nano.train(NANO_ON_A_CPU) if nano else ([], None)
+    lines, seconds = nano.train(NANO_README) if nano else ([], None)
     yield from to_loss(curve(lines)[-1][1] if nano else 1.8857, "--preset", "shakespeare-quick", seconds=seconds)
 
 
@@ -147,19 +146,17 @@ def throughput(nano) -> Iterator[Figure]:
     shape = "--n_layer 6 --n_head 6 --n_embd 384 --seq_len 256 --norm layer --norm_eps 1e-5 --position learned"
     shape += " --no-qk_norm --no-gated --activation gelu --tied --data data/shakespeare --optimizer adamw"
     rows = ours(*shape.split(), "--batch_tokens", 64 * 256, "--steps", 6, *QUIET)[0]
-    config = "config/train_shakespeare_char.py --device=cpu --dropout=0.0 --max_iters=6 --compile="
+    config = f"{NANO} --max_iters=6 --compile="
     kinds = {"": "False", ", there compiled": "True"} if nano else {}
     yield from training(rows, {name: nano.speed(64 * 256, config + compiled) for name, compiled in kinds.items()})
 
 
 NANO_SAMPLES = """
-import time, torch
+import timeit, torch
 from model import GPT, GPTConfig
-model = GPT(GPTConfig()).eval()
-model.generate(torch.zeros(1, 16, dtype=torch.long), 2)
-start = time.perf_counter()
-model.generate(torch.zeros(1, 16, dtype=torch.long), 256)
-print(256 / (time.perf_counter() - start))
+model, prompt = GPT(GPTConfig()).eval(), torch.zeros(1, 16, dtype=torch.long)
+model.generate(prompt, 2)
+print(256 / timeit.timeit(lambda: model.generate(prompt, 256), number=1))
 """
 
 
@@ -208,12 +205,10 @@ def gpu(nano) -> Iterator[Figure]:
 
 def start(nano) -> Iterator[Figure]:
     """From the command to the first step made"""
-    imports, steps = [], []
-    for _ in range(3):
-        imports.append(watch([sys.executable, "-c", "import torch"])[1])
-        lines = ours("--steps", 1, *QUIET)[1]
-        steps.append(next(seconds for seconds, line in lines if re.match(r"step +1/", line)))
+    runs = [ours("--steps", 1, *QUIET)[1] for _ in range(3)]
+    steps = [next(seconds for seconds, line in lines if re.match(r"step +1/", line)) for lines in runs]
     yield "seconds", statistics.median(steps), 3
+    imports = [watch([sys.executable, "-c", "import torch"])[1] for _ in range(3)]
     yield "seconds to import torch", statistics.median(imports), None
 
 
@@ -261,7 +256,7 @@ def plot(path: Path, nano: NanoGPT | None) -> None:
     """Held-out loss against seconds since the command was given, evaluations included."""
     import matplotlib.pyplot as plt
 
-    runs = {"nanoGPT, its README on a CPU": nano.train(NANO_ON_A_CPU)[0]} if nano else {}
+    runs = {"nanoGPT, its README on a CPU": nano.train(NANO_README)[0]} if nano else {}
     for preset, every in (("shakespeare-quick", 10), ("shakespeare", 40)):
         runs[f"nanofactory, --preset {preset}"] = ours("--preset", preset, "--eval_every", every)[1]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -281,9 +276,6 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT to run beside ours")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw curves (needs matplotlib)")
     args = parser.parse_args()
-    os.chdir(ROOT)
-    if not Path("data/stdlib/meta.json").exists():
-        watch([sys.executable, "prepare.py"])
     with tempfile.TemporaryDirectory() as folder:
         nano = NanoGPT(args.nanogpt.resolve(), Path(folder)) if args.nanogpt else None
         if args.plot:

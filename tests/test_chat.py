@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Ranks, assert_same, rows, state_of, words
-from test_gguf import drawn, llama_cpp
+from test_gguf import drawn, llama_cpp, wild_model
 from test_prepare import jsonl, write
 
 import chat
@@ -83,10 +83,8 @@ NO, YES = {"role": "assistant", "content": "no"}, {"role": "assistant", "content
       "label": True}, talk(*"abcd")),
     ({"prompt": "a", "completion": "b", "data_source": "x", "weight": 1, "tools": []}, AB),
     ({"prompt": AB[:1], "completion": AB[1:]}, AB),
-    ({"question": "a", "answer": "b"}, AB),
-    ({"input": "a", "output": "b"}, AB),
-    ({"instruction": "a", "input": "", "output": "b"}, AB),
-    ({"instruction": "a", "input": None, "output": "b"}, AB),
+    ({"question": "a", "answer": "b"}, AB), ({"input": "a", "output": "b"}, AB),
+    ({"instruction": "a", "input": "", "output": "b"}, AB), ({"instruction": "a", "input": None, "output": "b"}, AB),
     ({"instruction": "sum", "input": "1 2", "output": "3"}, talk("sum\n\n1 2", "3")),
     ([*talk("a"), *talk("b", "c")], talk("a\nb", "c")),
     ({"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "Be brief."}, [SYSTEM, *talk(*"abcd")]),
@@ -153,10 +151,8 @@ def test_records_that_cannot_be_used_are_counted_and_named(call, capsys):
     assert meta["train"]["documents"] + meta["val"]["documents"] == 60 and meta["tokenizer"]["chat"]
 
 
-def test_parquet_holds_conversations_too_and_answers_may_be_longer_than_the_preview(call, capsys, tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.Table.from_pylist([{"messages": talk(f"{i}?", "a long answer " * 30)} for i in range(40)])
-    parquet.write_table(table, tmp_path / "t.parquet")
+def test_parquet_holds_conversations_too_and_answers_may_be_longer_than_the_preview(call, capsys):
+    write({"t.parquet": [{"messages": talk(f"{i}?", "a long answer " * 30)} for i in range(40)]})
     call(chat, "--prepare", "t.parquet", "--tokenizer", "byte", "--val_fraction", 0.2)
     assert prepare.load_dataset("data/t")[0]["train"]["documents"] > 20
     assert "{a}|{ }|{l}" in capsys.readouterr().err
@@ -293,22 +289,13 @@ def test_the_default_conversations_are_about_their_posts_and_held_out_ones_about
 
 
 def test_the_default_conversations_are_the_same_in_every_process(tmp_path):
-    made = "chat.stdlib_conversations(prepare.default_corpus()[:9], 0.2)"
-    (tmp_path / "again.py").write_text(f"import chat, prepare\nprint([*{made}])")
+    code = "print([*chat.stdlib_conversations(prepare.default_corpus()[:9], 0.2)])"
+    (tmp_path / "again.py").write_text(f"import chat, prepare\n{code}")
     again = Ranks(tmp_path, script=tmp_path / "again.py").finish().stdout
-    assert again == f"{[*eval(made)]}\n" != "[]\n"
+    assert again == f"{[*chat.stdlib_conversations(prepare.default_corpus()[:9], 0.2)]}\n" != "[]\n"
 
 
 # ---- rows
-
-
-def wild_model(**settings) -> GPT:
-    """Large random weights, so that each token matters."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=259, n_embd=32, **settings)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def test_rows_hold_every_conversation_once_and_are_full():
@@ -355,7 +342,7 @@ def test_long_conversations_are_cut_behind_an_answer_or_left_out(chunk, monkeypa
 @torch.no_grad()
 def test_each_document_and_each_conversation_of_a_row_has_the_logits_that_it_has_alone(settings, mask):
     """And answers count as often as they do alone. A separator is the first token of a document."""
-    rng, model = random.Random(2), wild_model(seq_len=SEQ_LEN, **settings)
+    rng, model = random.Random(2), wild_model(vocab_size=259, n_embd=32, seq_len=SEQ_LEN, **settings)
     model.document_mask = getattr(models, mask)
     tokens = np.random.default_rng(3).integers(0, 256, 2 * SEQ_LEN + 1)
     tokens[[5, 30, 31, SEQ_LEN, 177]] = BYTE.end_of_text
@@ -480,7 +467,7 @@ def ask(call, capsys, monkeypatch):
 
 def test_a_kept_cache_gives_the_text_of_a_cold_one_and_computes_only_what_is_new(monkeypatch):
     """Also where conversations differ in the middle and then are alike again, and after a step that was interrupted."""
-    model, computed = wild_model(seq_len=200), []
+    model, computed = wild_model(vocab_size=259, n_embd=32, seq_len=200), []
     forward, cache, messages, known = model.forward, KVCache(model.config, 1), [], 0
     monkeypatch.setattr(model, "forward", lambda t, **more: computed.append(t.size(1)) or forward(t, **more))
     for question in ("one", "what", "a token", "new", "one", "new", "you", "new", "the"):

@@ -24,9 +24,8 @@ from tokenizer import GPT4_PATTERN, Tokenizer, byte_tokenizer, train_bpe
 SHAPE = {"seq_len": 128, "n_layer": 2, "n_head": 4, "n_embd": 64}
 FAMILIES = {
     "gpt2": {**models.GPT2, **SHAPE},
-    "llama": {**models.LLAMA, **SHAPE, "n_kv_head": 2, "n_inner": 96, "tied": True},
+    "llama-3.2": {**models.LLAMA, **SHAPE, "n_kv_head": 2, "n_inner": 96, "tied": True, "rope_factor": 8.0},
     "llama-biases-wide-heads": {**models.LLAMA, **SHAPE, "n_kv_head": 4, "n_inner": 96, "bias": True, "head_dim": 24},
-    "llama-3.1": {**models.LLAMA, **SHAPE, "n_kv_head": 2, "n_inner": 96, "rope_factor": 8.0},
     "qwen2": {**models.QWEN25, **SHAPE, "n_kv_head": 2, "n_inner": 96},
     "qwen3": {**SHAPE, "n_kv_head": 1, "head_dim": 32},
     "qwen3_moe": {**SHAPE, "n_kv_head": 2, "n_inner": 96, "n_expert": 4},
@@ -63,14 +62,20 @@ def llama_cpp(path):
     yield post
 
 
-def saved(path, tokenizer: Tokenizer, settings: dict, is_chat=False, half=False) -> GPT:
-    """A model with random weights, large enough for its logits to differ clearly, as a file."""
-    pytest.importorskip("gguf")
+def wild_model(**settings) -> GPT:
+    """Random weights, large enough for its logits to differ clearly."""
     torch.manual_seed(3)
-    model = GPT(GPTConfig(**{**settings, "vocab_size": tokenizer.n_vocab})).eval()
+    model = GPT(GPTConfig(**settings)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.15)
-        parameter.data = parameter.half().float() if half else parameter.data
+    return model
+
+
+def saved(path, tokenizer: Tokenizer, settings: dict, is_chat=False, half=False) -> GPT:
+    """A wild model and its file."""
+    pytest.importorskip("gguf")
+    model = wild_model(**{**settings, "vocab_size": tokenizer.n_vocab})
+    model = model.half().float() if half else model
     published.save_gguf(path, model.config, model.state_dict(), tokenizer, is_chat, half)
     return model
 
@@ -131,7 +136,7 @@ def test_an_exported_file_gets_its_name_when_it_is_whole(call, refused, monkeypa
 
 @pytest.mark.parametrize("settings, pattern, told", [
     ({**FAMILIES["qwen3_moe"], "renormalise": False}, GPT4_PATTERN, "qwen3moe with renormalise True, not False"),
-    ({**FAMILIES["llama"], "activation": "gelu"}, GPT4_PATTERN, "llama with activation silu, not gelu"),
+    ({**FAMILIES["llama-3.2"], "activation": "gelu"}, GPT4_PATTERN, "llama with activation silu, not gelu"),
     ({**FAMILIES["qwen3"], "post_norm": True}, GPT4_PATTERN, "no published family has this combination"),
     (FAMILIES["qwen3"], r"\p{L}+|.", "no name for the pattern of the tokenizer trained"),
 ])
