@@ -249,10 +249,9 @@ def test_a_data_set_with_the_right_hashes_can_still_be_wrong(data, tmp_path, cap
 def test_memory_stays_small_however_large_the_input(tmp_path):
     """Of 20 MB of text, one token a byte: reading it whole would take over 250 MB for text and tokens."""
     (tmp_path / "big.txt").write_text(words(50_000)[:200_000] * 100, encoding="utf-8")
-    (tmp_path / "measure.py").write_text(
-        "import prepare, resource\npeak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak()\nprepare.main()\nprint(peak() - before)"
-    )
+    code = "import prepare, resource\npeak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    code += "before = peak()\nprepare.main()\nprint(peak() - before)"
+    (tmp_path / "measure.py").write_text(code)
     grown = int(shell(tmp_path / "measure.py", "big.txt", "--tokenizer", "byte", cwd=tmp_path).stdout)
     assert os.path.getsize(tmp_path / "big.txt") >= 20_000_000
     assert grown * (1 if sys.platform == "darwin" else 1024) < 150e6
