@@ -61,9 +61,6 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     return run_in_two(session, FORKS)
 
 
-# ---- scripts in this process
-
-
 @pytest.fixture
 def call(monkeypatch, tmp_path):
     """call(train, "--steps", 5) runs a script's main() in this process, in an empty folder."""
@@ -106,9 +103,6 @@ def refused(call, capsys):
         return last
 
     return refuse
-
-
-# ---- scripts in processes of their own
 
 
 def kill(processes: list) -> None:
@@ -187,9 +181,6 @@ def wait_for_step(run: Path, step: int) -> None:
     while last_step(run) < step:
         assert time.monotonic() < end, f"step {step} was not reached"
         time.sleep(0.01)
-
-
-# ---- runs
 
 
 @pytest.fixture(scope="session")

@@ -169,9 +169,6 @@ def test_a_combination_without_a_counterpart_is_named(switch, told, tmp_path):
     assert published.why_not_exportable(GPTConfig(vocab_size=61)) is None
 
 
-# ---- the whole way: a run out, a published folder in
-
-
 def test_an_exported_run_opens_in_transformers_and_writes_the_same(call, run, tmp_path):
     transformers = pytest.importorskip("transformers")
     call(published, "--export", "out", "run")

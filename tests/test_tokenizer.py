@@ -131,9 +131,6 @@ def test_a_run_lends_its_tokenizer_without_its_checkpoints(run):
         named_tokenizer(str(run))
 
 
-# ---- tokenizer.json
-
-
 def theirs_in(folder: Path):
     """What Hugging Face's tokenizers make of tokenizer.json."""
     return pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -574,13 +574,23 @@ def test_a_settings_file_is_checked_as_flags_are(refused, tmp_path, settings, to
     assert told in refused(train, "--config", "c.json")
 
 
+DEFAULTS = {
+    "data": "data/stdlib", "steps": 720, "epochs": None, "batch_tokens": 4096, "micro_batch": 8, "document_mask": False,
+    "optimizer": "muon", "lr": 8e-3, "warmup": 0.02, "decay": 0.5, "weight_decay": 0.1, "momentum": 0.8, "grad_clip": 1,
+    "skip_bad_steps": 0, "dtype": "auto", "recompute": False, "compile": None, "device": None, "shard": 1, "seed": 1,
+    "timeout": 600, "eval_every": 200, "eval_tokens": 2**20, "save_every": 200, "log_every": 20, "keep": 2,
+}
+GPT2 = {"batch_tokens": 2**19, "micro_batch": 16, "steps": 20_000, "lr": 6e-4, "momentum": 0.95, "log_every": 1}
+
+
 @pytest.mark.parametrize("preset, settings", [
-    ("toy", {"steps": 720, "data": "data/stdlib"}), ("shakespeare", {"data": "data/shakespeare"}),
-    ("shakespeare-quick", {"steps": 80, "n_layer": 1, "data": "data/shakespeare"}),
-    ("gpt2", {"batch_tokens": 2**19, "micro_batch": 16, "lr": 6e-4, "data": "data/gpt2"}),
+    ("shakespeare", {"data": "data/shakespeare", "batch_tokens": 8192, "steps": 480, "weight_decay": 0.4}),
+    ("shakespeare-quick", {"batch_tokens": 1536, "micro_batch": 24, "steps": 80, "lr": 3.2e-2, "decay": 0.7,
+                           "data": "data/shakespeare"}),
+    ("toy", {}), ("gpt2", GPT2 | {"data": "data/gpt2"}), ("gpt2-xl", GPT2 | {"micro_batch": 1}),
 ])
-def test_a_preset_trains_as_the_readme_and_for_gpt2_the_paper_of_gpt3_say(preset, settings):
-    assert settings.items() <= train.build_config({"preset": preset}).given.items()
+def test_a_preset_trains_as_the_readme_help_and_for_gpt2_the_paper_of_gpt3_say(preset, settings):
+    assert (DEFAULTS | settings).items() <= train.build_config({"preset": preset}).given.items()
 
 
 @pytest.mark.parametrize("found, dtype", [(False, "float32"), (True, "bfloat16")])
