@@ -230,21 +230,8 @@ def document_blocks(documents: Tensor) -> BlockMask:
     return create_block_mask(sees, B, None, T, T, device=documents.device)
 
 
-def short_attention(q, k, v) -> Tensor:
-    """Causal attention in bfloat16 with all scores in memory. On a CPU, up to about a thousand tokens, this is faster
-    than torch's kernel, whose backward pass is slow."""
-    (B, H, T, D), K = q.shape, k.size(1)
-    q = (q / math.sqrt(D)).bfloat16().reshape(B * K, H // K * T, D)  # of the heads that share a key, one after another
-    k, v = (x.bfloat16().reshape(B * K, T, D) for x in (k, v))
-    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(H // K, 1)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2))  # [B K, H/K T, T]
-    return (scores.softmax(-1) @ v).view(B, H, T, D)
-
-
 def attention(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa) -> Tensor:
     """scaled_dot_product_attention, by the kernels that are fast on each device."""
-    if torch.is_autocast_enabled("cpu") and is_causal and dropout_p == 0 and q.size(2) <= 1024:
-        return short_attention(q, k, v)
     if isinstance(attn_mask, BlockMask):
         return flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=attn_mask, enable_gqa=enable_gqa)
     if enable_gqa and attn_mask is not None and q.device.type == "cuda":  # no kernel there takes a mask and groups
