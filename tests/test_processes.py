@@ -155,13 +155,14 @@ def test_a_part_that_one_rank_cannot_write_takes_its_checkpoint_with_it_and_no_o
     assert len({mark for _, _, mark, _ in parts}) == 2
 
 
-def test_a_signal_to_one_rank_saves_the_same_step_on_all(start, tmp_path):
-    ranks = start(f"--steps {10**6}")
+def test_a_signal_to_one_rank_saves_the_same_step_on_all_without_another_evaluation(start, tmp_path):
+    ranks = start(f"--steps {10**6} --eval_every 1")
     wait_for_step(tmp_path / "r", 5)
     for number in (signal.SIGUSR1, signal.SIGTERM):  # torchrun passes on what a terminal has sent to each rank
         os.kill(ranks.pid(1), number)
     printed = ranks.finish().printed
     step = max(rows(tmp_path / "r", "loss"))
+    assert max(rows(tmp_path / "r", "val_loss")) == step - 1
     assert printed.count(f"stopped at step {step} and saved; to continue: torchrun ... ") == 1
     assert load_checkpoint(tmp_path / "r")[0]["step"] == step
 
