@@ -93,6 +93,8 @@ NO, YES = {"role": "assistant", "content": "no"}, {"role": "assistant", "content
     ({"messages": [SYSTEM, *AB]}, [SYSTEM, *AB]),
     ([*talk("a"), NO | {"weight": False}, *talk("b"), NO | {"trainable": 0}, YES, *talk("c")],
      [*talk("a"), NO | {"learned": False}, *talk("b"), NO | {"learned": False}, YES]),
+    ([turn for key in ("weight", "train", "trainable", "loss") for turn in (*talk("a"), NO | {key: 0})] + talk(*"bc"),
+     [*talk("a"), NO | {"learned": False}] * 4 + talk(*"bc")),
     (ATTACKS, ATTACKS),
 ])
 def test_each_layout_is_recognised_by_its_keys_and_the_loss_counts_the_answers_and_their_ends(record, messages):

@@ -533,10 +533,12 @@ def test_the_config_of_a_run_makes_the_same_run_in_a_folder_of_its_own(run, call
 
 
 def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path):
-    (tmp_path / "c.json").write_text(json.dumps({"steps": 7, "seed": 5, "model": {"n_layer": 1}}))
+    settings = {"steps": 7, "seed": 5, "shift": 64, "context": 9, "model": {"n_layer": 1}}
+    (tmp_path / "c.json").write_text(json.dumps(settings))
     call(train, *TINY[2:], "--config", "c.json", "--seed", 6, "--steps", 2, "--data", data, "--out", "r")
     config = config_of(tmp_path / "r")
-    assert {"steps": 2, "seed": 6, "n_layer": 1, "n_embd": 32}.items() <= config.items()
+    expected = {"steps": 2, "seed": 6, "n_layer": 1, "n_embd": 32, "shift": 0, "context": None}
+    assert expected.items() <= config.items()
     assert train.build_config(config | {"n_embd": 64}).n_inner == GPTConfig(n_embd=64).n_inner  # derived again
 
 
