@@ -118,6 +118,8 @@ def said(content: list | str, role: str = "user") -> dict:
     return {"messages": [{"role": role, "content": content}, YES]}
 
 
+DECISIVE = """audio audios choices context contexts document documents function_call functions image image_url images
+    options passage reasoning_content thinking tool_calls tools train_detail video videos""".split()
 UNUSABLE = {  # what is said of records, and the records
     "conversations without an answer to learn, or with an empty one; one has the keys messages (5)":
         [{"messages": talk("only a question")}] * 2 + [{"question": "x", "answer": " "}, *both({"train": 0})],
@@ -131,8 +133,8 @@ UNUSABLE = {  # what is said of records, and the records
     "bad examples, by their label; one has the keys question, answer, label (4)":
         [*both({"label": False}), *both({"kto_tag": "false"})],
     "weights other than 0 and 1; one has the keys question, answer, weight (2)": both({"weight": 0.5}),
-    "answers depend on images, tool_calls; one has the keys question, answer, tool_calls, images (2)":
-        both({"tool_calls": [1], "images": [1]}),
+    f"answers depend on {', '.join(DECISIVE)}; one has the keys question, answer, a":
+        both(dict.fromkeys(DECISIVE, "x")),
     "a history that is no list of [question, answer]": [{"prompt": "x", "completion": "y", "history": [["z"]]}],
 }
 
