@@ -33,7 +33,7 @@ import prepare
 import train
 from checkpoint import read_checkpoint
 from forked import run_script
-from halves import run_in_two
+from halves import pytest_runtestloop  # noqa: F401 - pytest calls it
 
 WORDS = ["the", "a", "small", "model", "learns", "to", "write", "what", "it", "has", "read,", "one", "token", "after",
          "another;", "naïve", "café", "你好", "🙂\n"]
@@ -55,10 +55,6 @@ def data(tmp_path_factory) -> Path:
     (folder / "text.txt").write_text(words(3000), encoding="utf-8")
     prepare.prepare([str(folder / "text.txt")], folder / "set", "byte", 0.1)
     return folder / "set"
-
-
-def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    return run_in_two(session, FORKS)
 
 
 @pytest.fixture

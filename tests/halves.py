@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from itertools import chain, pairwise
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +40,8 @@ class Second:
         self.reports.send(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
 
 
-def run_second(arguments: tuple[str, ...], folder: str, queue, reports) -> None:
+def run_second(arguments: tuple[str, ...], folder: Path, queue, reports) -> None:
+    """A second pytest with the arguments of the first, in the same folder, which prints nothing."""
     multiprocessing.current_process()._config["daemon"] = False  # since its tests start processes
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -47,16 +49,17 @@ def run_second(arguments: tuple[str, ...], folder: str, queue, reports) -> None:
     sys.exit(pytest.main([*arguments], plugins=[Second(queue, reports)]))
 
 
-def run_in_two(session: pytest.Session, context) -> bool | None:
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """Run the tests of a session. Returns None, which leaves them to pytest itself, if it has only a few files."""
     config, paths = session.config, {item.path for item in session.items}
     if len(paths) < 4 or session.testsfailed or config.option.collectonly or config.option.usepdb:
         return None
-    queue, (received, reports) = context.SimpleQueue(), context.Pipe(duplex=False)
+    forks = multiprocessing.get_context("forkserver")  # from the server of conftest.py, which has imported torch
+    queue, (received, reports) = forks.SimpleQueue(), forks.Pipe(duplex=False)
     for path in [*sorted(paths, key=lambda path: -path.stat().st_size), None, None]:
         queue.put(path)
     given = config.invocation_params
-    second = context.Process(target=run_second, args=(given.args, given.dir, queue, reports), daemon=True)
+    second = forks.Process(target=run_second, args=(given.args, given.dir, queue, reports), daemon=True)
     second.start()
     reports.close()
 

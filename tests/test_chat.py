@@ -133,7 +133,7 @@ UNUSABLE = {  # what is said of records, and the records
     "bad examples, by their label; one has the keys question, answer, label (4)":
         [*both({"label": False}), *both({"kto_tag": "false"})],
     "weights other than 0 and 1; one has the keys question, answer, weight (2)": both({"weight": 0.5}),
-    f"answers depend on {', '.join(DECISIVE)}; one has the keys question, answer, a":
+    f"answers depend on {', '.join(DECISIVE)}; one has the keys question, answer, {', '.join(DECISIVE)} (2)":
         both(dict.fromkeys(DECISIVE, "x")),
     "a history that is no list of [question, answer]": [{"prompt": "x", "completion": "y", "history": [["z"]]}],
 }
@@ -432,7 +432,7 @@ def test_a_model_without_the_tokens_gets_rows_that_begin_as_the_mean(call, tmp_p
 
 def test_a_context_is_shortened_in_training_alone_where_positions_are_rotary(call, refused, data):
     """To 1024 positions, if no others are asked for. An export has the model's own again. Of learned positions, those
-    that are left out are lost, and none are new."""
+    that are left out are lost, and none are new. The steps are small."""
     pytest.importorskip("safetensors")
     for name, shape, n, exported in ("rope", {}, 40960, 40960), ("learned", models.GPT2, 64, 8):
         model = GPT(GPTConfig(**{**shape, "vocab_size": 259, "seq_len": n, "n_layer": 1, "n_head": 1, "n_embd": 16}))
@@ -449,6 +449,9 @@ def test_a_context_is_shortened_in_training_alone_where_positions_are_rotary(cal
                                     if k in weights})  # fmt: skip
         Path("usual").touch()
         assert {path.stat().st_mode for path in Path(f"out-{name}").iterdir()} == {Path("usual").stat().st_mode}
+    call(train, "--init", "rope", "--data", data, "--out", "r", "--stop_at", 1, "--dropout", 0.2, "--micro_batch", 8)
+    expected = {"seq_len": 1024, "lr": 2e-5, "epochs": 3, "batch_tokens": 8192, "weight_decay": 0, "dropout": 0.2}
+    assert expected.items() <= json.loads(Path("r/config.json").read_text()).items()
     told = refused(train, "--init", "learned", "--data", data, "--seq_len", 128)
     assert "the model of --init learned has seq_len 64, not 128: leave that setting out" in told
 

@@ -537,8 +537,7 @@ def test_flags_override_the_file_which_overrides_the_preset(call, data, tmp_path
     (tmp_path / "c.json").write_text(json.dumps(settings))
     call(train, *TINY[2:], "--config", "c.json", "--seed", 6, "--steps", 2, "--data", data, "--out", "r")
     config = config_of(tmp_path / "r")
-    expected = {"steps": 2, "seed": 6, "n_layer": 1, "n_embd": 32, "shift": 0, "context": None}
-    assert expected.items() <= config.items()
+    assert {"steps": 2, "seed": 6, "n_layer": 1, "n_embd": 32, "shift": 0, "context": None}.items() <= config.items()
     assert train.build_config(config | {"n_embd": 64}).n_inner == GPTConfig(n_embd=64).n_inner  # derived again
 
 
@@ -555,7 +554,8 @@ WRONG += ["n_layer 0", "dropout 1.0", "n_kv_head 3", "head_dim 3"]
     ("--n_embd 30 --n_head 4", "n_embd 30 is not divisible by n_head 4"), ("--warmup 0.7 --decay 0.7", "warmup 0.7"),
     ("--n_expert 4 --n_expert_active 5", "n_expert_active 5 is larger than n_expert 4"),
     *((name + "x" * 300, "File name too long") for name in ("--out ", "--resume --out ", "--init ")),
-    ("--out /proc/nowhere", "/proc/nowhere"), ("--out ''", "--out is empty"), ("--shard 2", "groups of --shard 2"),
+    ("--out /proc/nowhere", "/proc/nowhere"), ("--out ''", "--out is empty"),
+    ("--shard 2", "1 processes cannot be divided into groups of --shard 2"),
 ])
 def test_bad_input_is_one_sentence_before_the_first_step(refused, data, tmp_path, flags, told):
     assert told in refused(train, *TINY, "--data", data, *split(flags))
